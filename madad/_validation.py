@@ -1,0 +1,242 @@
+"""What a user hands in, checked once and read by batch: no torch here, and never a copy of the whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+ROWS_PER_CHECK = 256
+RANGE_TOLERANCE = 1e-5
+INTEGER_RANGES = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
+
+
+@dataclass(frozen=True)
+class SliceStack:
+    """Slices and their brain masks, read by index as the networks want them.
+
+    Attributes
+    ----------
+    values : ndarray of shape (n, H, W), (n, C, H, W) or (n, n_features)
+        As the user gave them, possibly a memory map.
+    image_shape : tuple (C, H, W)
+    intensity_range : tuple (low, high)
+        What is mapped to 0..1.
+    brain_mask : ndarray of bool with the axes of ``values`` without channels, or None
+        None = where a value of any channel is above 0.
+    rows : ndarray of int or None
+        The samples of ``values`` that belong to this stack; None = all.
+    """
+
+    values: np.ndarray
+    image_shape: tuple[int, int, int]
+    intensity_range: tuple[float, float]
+    brain_mask: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.values) if self.rows is None else len(self.rows)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether a sample came as one row of numbers."""
+        return self.values.ndim == 2
+
+    def subset(self, rows: np.ndarray) -> SliceStack:
+        """Some of the samples, still unread."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    def images(self, index) -> np.ndarray:
+        """float32 (len(index), C, H, W) in 0..1, or beyond where the fitted range is exceeded."""
+        values = self._take(self.values, index).astype(np.float32)
+        if self.is_flat:
+            values = _fold(values, math.prod(self.image_shape))
+        low, high = self.intensity_range
+        if (low, high) != (0.0, 1.0):
+            values = (values - low) / (high - low)
+        return values.reshape(-1, *self.image_shape)
+
+    def brain(self, index) -> np.ndarray:
+        """bool (len(index), 1, H, W)."""
+        _, height, width = self.image_shape
+        if self.brain_mask is not None:
+            chosen = self._take(self.brain_mask, index).astype(bool)
+            return _fold(chosen.reshape(len(chosen), -1), height * width).reshape(-1, 1, height, width)
+        values = self._take(self.values, index) > 0
+        if self.is_flat:
+            values = _fold(values, math.prod(self.image_shape))
+        return values.reshape(-1, *self.image_shape).any(axis=1, keepdims=True)
+
+    def unfold(self, maps: np.ndarray) -> np.ndarray:
+        """Maps (n, H, W) in the layout the samples came in: flat rows for flat samples."""
+        if not self.is_flat:
+            return maps
+        n_pixels = math.ceil(self.values.shape[1] / self.image_shape[0])
+        return maps.reshape(len(maps), -1)[:, :n_pixels]
+
+    def _take(self, array: np.ndarray, index) -> np.ndarray:
+        index = np.asarray(index)
+        return np.asarray(array[index if self.rows is None else self.rows[index]])
+
+
+def check_slices(
+    X, *, image_shape=None, intensity_range=(0.0, 1.0), brain_mask=None, input_name: str = "X"
+) -> SliceStack:
+    """Check slices and masks and wrap them for reading by batch.
+
+    Parameters
+    ----------
+    X : array-like or tensor of shape (n, H, W), (n, C, H, W) or (n, n_features)
+        Rows of ``n_features`` numbers are folded by ``image_shape``, by the exact square root, or padded
+        with background to the next square.
+    image_shape : tuple (H, W) or (C, H, W), optional
+        What a flat row is folded to.
+    intensity_range : (float, float) or "data"
+        What is mapped to 0..1. Values outside raise. uint8 and uint16 arrays have their type's range
+        instead of (0, 1). ``"data"`` takes the smallest and largest value of ``X`` and lets later data exceed it.
+    brain_mask : array-like of bool, optional
+        True = brain; shape of ``X`` without channels.
+
+    Raises
+    ------
+    TypeError
+        If ``X`` is not numeric.
+    ValueError
+        If a shape, a value or the mask does not fit.
+    """
+    values = _as_array(X, input_name)
+    if values.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"{input_name} must have shape (n_samples, height, width), (n_samples, channels, height, width) "
+            f"or (n_samples, n_features), got {values.shape}. Reshape your data either as slices or flat; "
+            f"a single slice needs X[None]; cut volumes into slices."
+        )
+    if 0 in values.shape:
+        raise ValueError(
+            f"{input_name} must hold at least one sample and one pixel, got shape {values.shape} "
+            f"(0 sample(s) or 0 feature(s)) while a minimum of 1 is required. Check what was selected."
+        )
+    shape = _image_shape(values, image_shape, input_name)
+    integer_range = INTEGER_RANGES.get(values.dtype.name)
+    if isinstance(intensity_range, str):
+        if intensity_range != "data":
+            raise ValueError(
+                f"intensity_range must be (low, high) or 'data', got {intensity_range!r}. Use (0.0, 1.0)."
+            )
+        low, high = _data_range(values, input_name)
+        intensity_range = (low, high if high > low else low + 1.0)
+    elif tuple(intensity_range) == (0.0, 1.0) and integer_range:
+        intensity_range = integer_range
+    elif not intensity_range[0] < intensity_range[1]:
+        raise ValueError(f"intensity_range must have low < high, got {intensity_range!r}. Use (0.0, 1.0).")
+    else:
+        _check_range(values, intensity_range, input_name)
+    mask = None if brain_mask is None else _check_brain_mask(brain_mask, values, shape, input_name)
+    return SliceStack(values, shape, (float(intensity_range[0]), float(intensity_range[1])), mask)
+
+
+def check_finite(stack: SliceStack, input_name: str = "X") -> None:
+    """Refuse NaN and infinity, chunk by chunk."""
+    _data_range(stack.values, input_name)
+
+
+def as_numpy(X) -> np.ndarray:
+    """An array or tensor as an array; memory maps and device tensors included."""
+    if hasattr(X, "detach"):  # a torch tensor, without importing torch
+        X = X.detach().cpu()
+        X = X.float() if str(X.dtype) == "torch.bfloat16" else X
+    return np.asarray(X)
+
+
+def _as_array(X, name: str) -> np.ndarray:
+    if hasattr(X, "toarray"):
+        raise TypeError(
+            f"Sparse data was passed for {name}, but dense data is required. Use '.toarray()' to convert it."
+        )
+    values = as_numpy(X)
+    if values.dtype.kind == "O":
+        try:
+            values = values.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} must be numeric, got objects ({error}). Stack equal slices.") from None
+    if values.dtype.kind == "c":
+        raise ValueError(f"Complex data not supported: {name} must be real, got {values.dtype}. Take np.abs.")
+    if values.dtype.kind not in "fiub":
+        raise TypeError(f"{name} must be numeric, got {values.dtype}. Convert it to float32 in 0..1.")
+    return values
+
+
+def _image_shape(values: np.ndarray, image_shape, name: str) -> tuple[int, int, int]:
+    if values.ndim > 2:
+        found = (1, *values.shape[1:])[-3:]
+        wanted = None if image_shape is None else (1, *image_shape)[-3:]
+        if wanted is not None and wanted != found:
+            raise ValueError(
+                f"image_shape must agree with {name}, got {tuple(image_shape)} and {name} of shape "
+                f"{values.shape}. Leave image_shape=None for data with image axes."
+            )
+        return found
+    n_features = values.shape[1]
+    if image_shape is None:
+        side = math.isqrt(n_features - 1) + 1  # rounded up
+        return 1, side, side
+    folded = (1, *(int(side) for side in image_shape))[-3:]
+    if math.prod(folded) != n_features:
+        raise ValueError(
+            f"image_shape must hold as many pixels as {name} has features, got {tuple(image_shape)} for "
+            f"{n_features} features. Give (height, width) or (channels, height, width)."
+        )
+    return folded
+
+
+def _chunks(values: np.ndarray):
+    for start in range(0, len(values), ROWS_PER_CHECK):
+        yield np.asarray(values[start : start + ROWS_PER_CHECK])
+
+
+def _data_range(values: np.ndarray, name: str) -> tuple[float, float]:
+    low, high = math.inf, -math.inf
+    for chunk in _chunks(values):
+        smallest, largest = float(chunk.min()), float(chunk.max())
+        if not (math.isfinite(smallest) and math.isfinite(largest)):
+            raise ValueError(
+                f"Input {name} contains NaN or infinity; {name} must be finite, got values from "
+                f"{smallest} to {largest}. Replace them, for example by np.nan_to_num."
+            )
+        low, high = min(low, smallest), max(high, largest)
+    return low, high
+
+
+def _check_range(values: np.ndarray, intensity_range, name: str) -> None:
+    low, high = _data_range(values, name)
+    slack = RANGE_TOLERANCE * (intensity_range[1] - intensity_range[0])
+    if low < intensity_range[0] - slack or high > intensity_range[1] + slack:
+        raise ValueError(
+            f"{name} must lie in {intensity_range[0]:g}..{intensity_range[1]:g}, got values from {low:g} to "
+            f"{high:g}. Scale it with madad.mri.normalize_intensity, or set intensity_range."
+        )
+
+
+def _check_brain_mask(brain_mask, values: np.ndarray, shape, name: str) -> np.ndarray:
+    mask = as_numpy(brain_mask)
+    n, (_, height, width) = len(values), shape
+    expected = {2: (n, math.ceil(values.shape[1] / shape[0]))}.get(values.ndim, (n, height, width))
+    if mask.shape == (n, 1, height, width) and values.ndim == 4:
+        mask = mask[:, 0]
+    if mask.shape != expected:
+        raise ValueError(
+            f"brain_mask must have shape {expected} to go with {name} of shape {values.shape}, "
+            f"got {mask.shape}. Give one mask per slice."
+        )
+    if mask.dtype != bool and not all(np.isin(chunk, (0, 1)).all() for chunk in _chunks(mask)):
+        raise ValueError(
+            f"brain_mask must be boolean or hold only 0 and 1, got {mask.dtype} with other values. "
+            f"Use mask > 0."
+        )
+    return mask
+
+
+def _fold(rows: np.ndarray, n_values: int) -> np.ndarray:
+    """Pad flat rows with background up to ``n_values``."""
+    return np.pad(rows, ((0, 0), (0, n_values - rows.shape[1])))

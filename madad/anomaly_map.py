@@ -1,0 +1,126 @@
+"""From what was restored to where the anomaly is: arrays in, maps in 0..1 out."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.ndimage import gaussian_filter, zoom
+
+PAPER_SMOOTHING = 5 / 256  # the original's 5 px at 256 x 256, as a share of the slice's larger side
+ANOMALY_MAPS = ("image", "latent", "mask")
+DIFFERENCES = ("absolute", "squared")
+REFERENCES = ("reconstruction", "input")
+TOP_SHARE = 0.01
+
+
+def image_map(
+    restored: np.ndarray, reference: np.ndarray, *, gamma: float | None, difference: str = "absolute"
+) -> np.ndarray:
+    """Difference between restored and reference image, clipped: ``min(d, gamma) / gamma``.
+
+    Parameters
+    ----------
+    restored, reference : ndarray of shape (n, C, H, W), in -1..1
+        On the network's scale, as in the paper and the original code.
+    gamma : float or None
+        Clip, on that scale. None = no clipping: divided by the largest difference there can be.
+    difference : {"absolute", "squared"}
+        ``"squared"`` is the paper's, ``"absolute"`` the original code's (METHOD, section 2, row 9).
+
+    Returns
+    -------
+    ndarray of shape (n, H, W), float32 in 0..1
+        The mean over channels of the clipped differences.
+    """
+    _check_choice("map_difference", difference, DIFFERENCES)
+    if gamma is not None and not gamma > 0:
+        raise ValueError(f"gamma must be positive or None, got {gamma!r}. The paper's is 0.2.")
+    distance = np.abs(restored - reference)
+    largest = 2.0
+    if difference == "squared":
+        distance, largest = distance**2, 4.0
+    limit = largest if gamma is None else gamma
+    return (np.minimum(distance, limit) / limit).mean(axis=1).astype(np.float32)
+
+
+def latent_map(z_restored: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """``d / (1 + d)`` of ``d = ||z_restored - z_T||``, the root mean square over channels.
+
+    The squashing brings distances (0 to infinity, unit variance latents) to 0..1 and keeps their order.
+
+    Parameters
+    ----------
+    z_restored, z : ndarray of shape (n, c, h, w)
+
+    Returns
+    -------
+    ndarray of shape (n, h, w), float32 in 0..1
+    """
+    distance = np.sqrt(((z_restored - z) ** 2).mean(axis=1))
+    return (distance / (1 + distance)).astype(np.float32)
+
+
+def mask_map(noise_probability: np.ndarray) -> np.ndarray:
+    """Mean over the sampler's steps of f_M: (n_steps, n, 1, h, w) -> (n, h, w), float32 in 0..1."""
+    return noise_probability.mean(axis=0)[:, 0].astype(np.float32)
+
+
+def upsample_map(latent_grid: np.ndarray, factor: int, height: int, width: int) -> np.ndarray:
+    """Bring maps (n, h, w) on the latent grid to pixels (n, height, width), linearly, centres aligned."""
+    pixels = zoom(latent_grid, (1, factor, factor), order=1, mode="nearest", grid_mode=True)
+    return np.clip(pixels[:, :height, :width], 0.0, 1.0)
+
+
+def finish_map(anomaly_map: np.ndarray, brain_mask: np.ndarray, smoothing_px: float | None) -> np.ndarray:
+    """Smooth with a Gaussian, then set everything outside the brain to 0.
+
+    Parameters
+    ----------
+    anomaly_map : ndarray of shape (n, H, W)
+    brain_mask : ndarray of shape (n, H, W), bool
+    smoothing_px : float or None
+        Standard deviation in pixels; None = the original's 5 px at 256, scaled to the size; 0 = none.
+    """
+    sigma = smoothing_width(smoothing_px, *anomaly_map.shape[1:])
+    masked = np.where(brain_mask, anomaly_map, np.float32(0))
+    if sigma > 0:
+        masked = gaussian_filter(masked, (0, sigma, sigma), mode="constant")
+    return np.where(brain_mask, np.clip(masked, 0.0, 1.0), np.float32(0)).astype(np.float32)
+
+
+def smoothing_width(smoothing_px: float | None, height: int, width: int) -> float:
+    """The Gaussian's standard deviation in pixels for slices of one size."""
+    if smoothing_px is None:
+        return PAPER_SMOOTHING * max(height, width)
+    if smoothing_px < 0:
+        raise ValueError(f"smoothing_px must be 0 or more, got {smoothing_px!r}. Use 0 for no smoothing.")
+    return float(smoothing_px)
+
+
+def pool_map(anomaly_map: np.ndarray, brain_mask: np.ndarray, top_share: float = TOP_SHARE) -> np.ndarray:
+    """One number per slice: the mean of the map's largest values, at least one, ``top_share`` of the brain.
+
+    The mean over the whole brain drowns a small lesion in the rest; the single maximum follows one noisy
+    pixel.
+
+    Parameters
+    ----------
+    anomaly_map, brain_mask : ndarray of shape (n, H, W)
+    top_share : float
+        In (0, 1].
+
+    Returns
+    -------
+    ndarray of shape (n,), float64; 0 for slices without brain.
+    """
+    scores = np.zeros(len(anomaly_map))
+    for i, (values, brain) in enumerate(zip(anomaly_map, brain_mask)):
+        inside = values[brain]
+        if inside.size:
+            k = max(1, round(top_share * inside.size))
+            scores[i] = np.partition(inside, -k)[-k:].mean(dtype=np.float64)
+    return scores
+
+
+def _check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}. Use {allowed[0]!r}.")

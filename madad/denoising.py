@@ -1,0 +1,192 @@
+"""The second stage: cached latents of healthy slices in, a trained masked U-Net out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from madad._random import generator_from, isolated_seed
+from madad._tensors import fixed_batches, inference, to_network
+from madad._validation import SliceStack
+from madad.diffusion import (
+    CORRUPTIONS,
+    EitherMask,
+    MaskedDiffusionObjective,
+    NoiseSchedule,
+    RandomBlobs,
+    RandomPatches,
+)
+from madad.nn import UNET_SIZES, MaskedUNet, UNetConfig
+from madad.training import Trainer
+
+MASK_SHAPES = ("patches", "blobs", "either")
+OBJECTIVE_KNOBS = (
+    "n_timesteps",
+    "corruption",
+    "mask_shape",
+    "mask_ratio",
+    "mask_patch_sizes",
+    "mask_patch_probabilities",
+    "brain_rule",
+    "mask_loss",
+    "mask_loss_weight",
+)
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """Everything the denoiser is trained on, computed once (DESIGN, decision 4).
+
+    Attributes
+    ----------
+    mean, logvar : Tensor of shape (n, c, h, w)
+        The posterior of each slice, scaled; a draw from it costs one multiplication.
+    brain_fraction : Tensor of shape (n, 1, h, w)
+    """
+
+    mean: Tensor
+    logvar: Tensor
+    brain_fraction: Tensor
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def sample(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """A latent of each indexed slice, drawn from its posterior."""
+        mean, logvar = self.mean[index], self.logvar[index]
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        return mean + (0.5 * logvar).exp() * noise
+
+
+def cache_latents(autoencoder, stack: SliceStack, *, flip: bool) -> LatentCache:
+    """Encode slices, and with ``flip`` their left-right mirror images too.
+
+    Parameters
+    ----------
+    autoencoder : LatentAutoencoder
+    stack : SliceStack
+    flip : bool
+    """
+    device, parts = autoencoder._to_device(), []
+    with inference(autoencoder.network_):
+        for index, n_valid in fixed_batches(len(stack), autoencoder.batch_size_of()):
+            for mirrored in (False, True) if flip else (False,):
+                images, brain = stack.images(index), stack.brain(index)
+                if mirrored:
+                    images, brain = images[..., ::-1], brain[..., ::-1]
+                mean, logvar = autoencoder.encode(autoencoder.pad(to_network(images, device)))
+                fraction = autoencoder.brain_fraction(brain, device)
+                parts.append([part[:n_valid].float().clone() for part in (mean, logvar, fraction)])
+    return LatentCache(*(torch.cat(column) for column in zip(*parts)))
+
+
+def train_denoiser(
+    autoencoder,
+    stack: SliceStack,
+    *,
+    denoiser: str | UNetConfig | nn.Module,
+    objective: dict,
+    trainer: Trainer,
+    seed: int,
+    flip: bool = True,
+    verbose: bool = False,
+) -> tuple[nn.Module, list[dict]]:
+    """Train a masked U-Net on the latents of healthy slices.
+
+    Parameters
+    ----------
+    autoencoder : LatentAutoencoder
+        Fitted; frozen here.
+    stack : SliceStack
+        Healthy slices.
+    denoiser : str, UNetConfig or nn.Module
+        A name in `madad.nn.UNET_SIZES`, a shape, or a network with the call of `MaskedUNet`.
+    objective : dict
+        The arguments of `make_objective`.
+    trainer : Trainer
+    seed : int
+    flip : bool
+        Train on mirrored slices too.
+    verbose : bool
+
+    Returns
+    -------
+    denoiser : nn.Module
+        On the CPU.
+    history : list of dict
+        See `Trainer.optimise`.
+    """
+    loss = make_objective(**objective)
+    cache = cache_latents(autoencoder, stack, flip=flip)
+    with isolated_seed(seed):
+        unet = make_denoiser(denoiser, cache.mean.shape[1]).to(cache.mean.device)
+
+        def batch_loss(module, index, generator):
+            index = index.to(cache.mean.device)
+            return loss(module, cache.sample(index, generator), cache.brain_fraction[index], generator)
+
+        history = trainer.optimise(
+            unet,
+            batch_loss,
+            len(cache),
+            generator=generator_from(seed),
+            batch_size=autoencoder.batch_size_of(),
+            description="denoiser",
+            verbose=verbose,
+        )
+    return unet.cpu(), history
+
+
+def make_denoiser(denoiser: str | UNetConfig | nn.Module, latent_channels: int) -> nn.Module:
+    """Build a U-Net for latents of so many channels; a module is taken as it is."""
+    if isinstance(denoiser, nn.Module):
+        return denoiser
+    if isinstance(denoiser, str):
+        if denoiser not in UNET_SIZES:
+            raise ValueError(
+                f"denoiser must be one of {sorted(UNET_SIZES)}, a UNetConfig or an nn.Module, "
+                f"got {denoiser!r}. Use 'small'."
+            )
+        denoiser = UNET_SIZES[denoiser]
+    return MaskedUNet(replace(denoiser, latent_channels=latent_channels))
+
+
+def make_objective(
+    *,
+    n_timesteps: int,
+    corruption,
+    mask_shape: str,
+    mask_ratio,
+    mask_patch_sizes,
+    mask_patch_probabilities,
+    brain_rule: str,
+    mask_loss: str,
+    mask_loss_weight: float,
+) -> MaskedDiffusionObjective:
+    """The objective that the detector's flat parameters describe."""
+    if isinstance(corruption, str):
+        if corruption not in CORRUPTIONS:
+            raise ValueError(
+                f"corruption must be one of {sorted(CORRUPTIONS)} or an object with fill(z0, generator), "
+                f"got {corruption!r}. The paper's is 'gaussian'."
+            )
+        corruption = CORRUPTIONS[corruption]
+    probabilities = mask_patch_probabilities
+    if probabilities is not None and len(probabilities) != len(mask_patch_sizes):
+        probabilities = None if len(set(probabilities)) == 1 else probabilities
+    patches = RandomPatches(_hashable(mask_ratio), tuple(mask_patch_sizes), _hashable(probabilities))
+    masks = {"patches": patches, "blobs": RandomBlobs(), "either": EitherMask(patches)}
+    if mask_shape not in masks:
+        raise ValueError(f"mask_shape must be one of {MASK_SHAPES}, got {mask_shape!r}. Use 'patches'.")
+    if not mask_loss_weight >= 0:
+        raise ValueError(f"mask_loss_weight must be 0 or more, got {mask_loss_weight!r}. Use 0.001.")
+    schedule = NoiseSchedule.cosine(n_timesteps)
+    return MaskedDiffusionObjective(
+        schedule, masks[mask_shape], corruption, brain_rule, mask_loss, mask_loss_weight
+    )
+
+
+def _hashable(value):
+    return tuple(value) if isinstance(value, list) else value

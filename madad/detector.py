@@ -1,0 +1,449 @@
+"""`MaskedDiffusionAnomalyDetector`: the estimator. Images, latents, restored latents, maps, scores."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from numbers import Real
+
+import numpy as np
+from sklearn.base import OutlierMixin, clone
+from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
+from sklearn.utils.validation import check_is_fitted, check_memory
+from torch import nn
+
+from madad._random import spawn_seeds
+from madad._tensors import resolve_device, state_from_numpy, state_to_numpy
+from madad._validation import SliceStack
+from madad.anomaly_map import pool_map
+from madad.autoencoding import LatentAutoencoder, SliceEstimator
+from madad.denoising import OBJECTIVE_KNOBS, train_denoiser
+from madad.diffusion import MaskedDDIM, NoiseSchedule
+from madad.nn import MaskedUNet
+from madad.presets import INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
+from madad.restoration import RestoredBatch, maps_of, restore_batches
+from madad.training import Trainer
+
+
+class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
+    """Unsupervised anomaly detection in brain slices by masked latent diffusion (MAD-AD).
+
+    ``fit`` sees healthy slices only. An autoencoder maps them to latents; random regions of the latents are
+    noised, and a U-Net learns the clean latent and where the noise is. At test time the latent of a slice is
+    taken as the noisy one, what the U-Net flags is repaired by a masked DDIM, and the difference to the
+    repaired image, latent, or the flags themselves are the anomaly map.
+
+    Parameters
+    ----------
+    preset : {"auto", "tiny", "small", "base", "original", "paper"}
+        Where the parameters below that are None take their values from (`madad.presets.PRESETS`).
+        ``"paper"`` is the published method, ``"original"`` what the published code does instead. ``"auto"``
+        is ``"small"`` on a CPU and ``"base"`` on a GPU: the paper's method with corruptions that look more
+        like disease.
+    autoencoder : LatentAutoencoder, FrozenEstimator, str or None
+        The first stage: an estimator to be cloned and fitted, ``FrozenEstimator(fitted)`` to share one, or
+        the name of a size.
+    denoiser : str, UNetConfig, nn.Module or None
+        The second stage's network: a name in `madad.nn.UNET_SIZES`, a shape, or a module that is called
+        as `madad.nn.MaskedUNet` is.
+    trainer : Trainer or None
+        Trains the denoiser; the autoencoder has its own.
+    corruption : {"gaussian", "mixture"}, Corruption or None
+        What fills masked latents in training: Gaussian noise (the paper) or a mixture of it with foreign
+        latents and smooth offsets.
+    mask_shape : {"patches", "blobs", "either"} or None
+        Shape of the masked regions; patches are the paper's.
+    mask_ratio : float, (float, float) or None
+        Share of masked positions, drawn uniformly per slice; one number means (0, number).
+    mask_patch_sizes, mask_patch_probabilities : tuple or None
+        Sides of the patches in latent positions, and how likely each is.
+    brain_rule : {"paper", "original"} or None
+        See `madad.diffusion.masking.restrict_to_brain`.
+    mask_loss : {"bce", "mse"} or None
+        Loss of the mask head.
+    mask_loss_weight : float or None
+        lambda.
+    n_timesteps : int or None
+        T.
+    n_steps : int or None
+        Steps of the sampler, 1..T.
+    eta : float or None
+        0 = deterministic DDIM, 1 = as noisy as DDPM; the noise is seeded.
+    step_spacing : {"leading", "trailing"} or None
+        Which times fewer than T steps visit: `madad.diffusion.NoiseSchedule.timesteps`.
+    mask_threshold : float or None
+        Positions with f_M above it are repaired, 0..1.
+    anomaly_map : {"image", "latent", "mask"} or None
+        Difference of images, of latents, or the mean of f_M over the steps.
+    reference : {"reconstruction", "input"} or None
+        What the restored image is compared with: D(E(x)) (the original code) or x (the paper).
+    map_difference : {"absolute", "squared"} or None
+        Of the image map.
+    gamma : float or None
+        Clip of the image map on the network's scale of -1..1; ``math.inf`` = no clipping.
+    smoothing_px : float or None
+        Standard deviation of the Gaussian over the map; None = 5 px at 256, scaled to the slice's size.
+    contamination : "auto" or float in (0, 0.5]
+        ``"auto"``: ``offset_`` is such that ``1 - image_specificity`` of the held-out healthy slices are
+        called anomalous. A number: the share of the training slices that are, as in scikit-learn.
+    image_specificity, pixel_specificity : float
+        Shares of held-out healthy slices and of their brain pixels that stay below the thresholds.
+    calibration_fraction : float
+        Share of the slices (or of the groups) that ``fit`` holds out to calibrate the thresholds.
+    image_shape : (H, W) or (C, H, W) or None
+        What flat rows are folded to; None = the exact square, or the next one.
+    intensity_range : (float, float) or "data"
+        See `LatentAutoencoder`.
+    memory : None, str or joblib.Memory
+        Caches the two training stages, so that a search over inference parameters trains once per fold.
+    batch_size : int or None
+        Slices per forward pass; None = by the slice's size.
+    device : str or torch.device
+        ``"auto"`` = the first GPU, else the CPU.
+    random_state : int, RandomState or None
+    verbose : bool
+        Progress bars with loss and time left for each stage.
+
+    Attributes
+    ----------
+    autoencoder_ : LatentAutoencoder
+    denoiser_ : MaskedUNet
+    offset_ : float
+        ``decision_function = score_samples - offset_``.
+    map_threshold_ : float
+        Pixels of a map above it are anomalous.
+    preset_ : str
+        The preset that applied.
+    image_shape_, intensity_range_, n_features_in_, history_ :
+        See `LatentAutoencoder`; ``history_`` is the denoiser's.
+
+    Notes
+    -----
+    The map and the scores of a slice are bitwise independent of its batch on a CPU. A slice's score is
+    minus the mean of the largest 1 % of its map inside the brain (`madad.anomaly_map.pool_map`): the mean
+    of the whole map would drown small lesions. Repair is restricted to latent positions with some brain.
+
+    References
+    ----------
+    Beizaee, Lodygensky, Desrosiers, Dolz: MAD-AD: Masked Diffusion for Unsupervised Brain Anomaly
+    Detection, IPMI 2025, arXiv 2502.16943.
+
+    Examples
+    --------
+    >>> from madad.datasets import make_brain_slices
+    >>> from madad.testing import tiny_detector
+    >>> healthy = make_brain_slices(40, size=32, random_state=0)
+    >>> det = tiny_detector(random_state=0).fit(healthy.images, groups=healthy.subjects)
+    >>> det.predict_maps(healthy.images[:2]).shape
+    (2, 32, 32)
+    """
+
+    def __init__(
+        self,
+        preset: str = "auto",
+        *,
+        autoencoder=None,
+        denoiser=None,
+        trainer: Trainer | None = None,
+        corruption=None,
+        mask_shape: str | None = None,
+        mask_ratio=None,
+        mask_patch_sizes=None,
+        mask_patch_probabilities=None,
+        brain_rule: str | None = None,
+        mask_loss: str | None = None,
+        mask_loss_weight: float | None = None,
+        n_timesteps: int | None = None,
+        n_steps: int | None = None,
+        eta: float | None = None,
+        step_spacing: str | None = None,
+        mask_threshold: float | None = None,
+        anomaly_map: str | None = None,
+        reference: str | None = None,
+        map_difference: str | None = None,
+        gamma: float | None = None,
+        smoothing_px: float | None = None,
+        contamination="auto",
+        image_specificity: float = 0.95,
+        pixel_specificity: float = 0.99,
+        calibration_fraction: float = 0.15,
+        image_shape=None,
+        intensity_range=(0.0, 1.0),
+        memory=None,
+        batch_size: int | None = None,
+        device="auto",
+        random_state=None,
+        verbose: bool = False,
+    ):
+        self.preset = preset
+        self.autoencoder = autoencoder
+        self.denoiser = denoiser
+        self.trainer = trainer
+        self.corruption = corruption
+        self.mask_shape = mask_shape
+        self.mask_ratio = mask_ratio
+        self.mask_patch_sizes = mask_patch_sizes
+        self.mask_patch_probabilities = mask_patch_probabilities
+        self.brain_rule = brain_rule
+        self.mask_loss = mask_loss
+        self.mask_loss_weight = mask_loss_weight
+        self.n_timesteps = n_timesteps
+        self.n_steps = n_steps
+        self.eta = eta
+        self.step_spacing = step_spacing
+        self.mask_threshold = mask_threshold
+        self.anomaly_map = anomaly_map
+        self.reference = reference
+        self.map_difference = map_difference
+        self.gamma = gamma
+        self.smoothing_px = smoothing_px
+        self.contamination = contamination
+        self.image_specificity = image_specificity
+        self.pixel_specificity = pixel_specificity
+        self.calibration_fraction = calibration_fraction
+        self.image_shape = image_shape
+        self.intensity_range = intensity_range
+        self.memory = memory
+        self.batch_size = batch_size
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X, y=None, *, brain_mask=None, groups=None):
+        """Train both stages on healthy slices and calibrate the thresholds on held-out ones.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W), (n, C, H, W) or (n, n_features)
+            Healthy slices, values in ``intensity_range``, background 0; arrays, tensors or memory maps.
+        y : ignored
+        brain_mask : array-like of bool, shape of ``X`` without channels, optional
+            None = where ``X`` > 0.
+        groups : array-like of shape (n,), optional
+            Subjects: all slices of one are held out for calibration, or none.
+
+        Returns
+        -------
+        self
+        """
+        self.preset_ = choose_preset(self.preset, resolve_device(self.device))
+        stack = self._check_fit_slices(X, brain_mask)
+        self._check_fit_parameters(stack)
+        split_seed, autoencoder_seed, denoiser_seed, self.sampler_seed_ = spawn_seeds(self.random_state, 4)
+        train, held_out = self._hold_out(len(stack), groups, split_seed)
+
+        memory = check_memory(self.memory)
+        if isinstance(self.autoencoder, FrozenEstimator):
+            self.autoencoder_ = self.autoencoder.estimator
+        else:
+            cached = memory.cache(_fit_autoencoder, ignore=["verbose"])
+            unfitted = self._make_autoencoder(autoencoder_seed)
+            self.autoencoder_ = cached(unfitted, stack.subset(train), verbose=self.verbose)
+        cached = memory.cache(train_denoiser, ignore=["verbose"])
+        self.denoiser_, self.history_ = cached(
+            self.autoencoder_,
+            stack.subset(train),
+            denoiser=copy.deepcopy(self._value_of("denoiser")),
+            objective={name: self._value_of(name) for name in OBJECTIVE_KNOBS},
+            trainer=self._make_trainer(),
+            seed=denoiser_seed,
+            flip=getattr(self.autoencoder_, "flip", False),
+            verbose=self.verbose,
+        )
+        self.n_timesteps_ = self._value_of("n_timesteps")
+        self._calibrate(stack, held_out)
+        return self
+
+    def calibrate(self, X, *, brain_mask=None):
+        """Set both thresholds anew from healthy slices that were not trained on.
+
+        Needed after ``set_params`` changed a parameter of the maps: thresholds of ``fit`` then no longer fit.
+        With a numeric ``contamination``, ``offset_`` is the quantile of these slices' scores.
+
+        Returns
+        -------
+        self
+        """
+        stack = self._check_slices(X, brain_mask)
+        self._calibrate(stack, np.arange(len(stack)))
+        return self
+
+    def predict_maps(self, X, *, brain_mask=None) -> np.ndarray:
+        """Anomaly maps, float32 in 0..1, higher = more anomalous, 0 outside the brain.
+
+        Returns
+        -------
+        ndarray of shape (n, H, W), or (n, n_pixels) for flat rows
+        """
+        stack = self._check_slices(X, brain_mask)
+        maps = np.empty((len(stack), *self.image_shape_[1:]), np.float32)
+        for start, batch_maps, _ in self._map_batches(stack):
+            maps[start : start + len(batch_maps)] = batch_maps
+        return stack.unfold(maps)
+
+    def predict_masks(self, X, *, brain_mask=None) -> np.ndarray:
+        """Pixels whose map exceeds ``map_threshold_``: bool, shape as `predict_maps`."""
+        check_is_fitted(self)
+        self._warn_if_stale()
+        return self.predict_maps(X, brain_mask=brain_mask) > self.map_threshold_
+
+    def restore(self, X, *, brain_mask=None) -> np.ndarray:
+        """The pseudo-healthy slices: float32 in 0..1 (``intensity_range_`` mapped to it), shape of ``X``."""
+        stack = self._check_slices(X, brain_mask)
+        parts = [batch.restored for batch in self._restore_batches(stack, decode=True)]
+        restored = np.clip((np.concatenate(parts) + 1) / 2, 0, 1).astype(np.float32)
+        if stack.is_flat:
+            return restored.reshape(len(restored), -1)[:, : self.n_features_in_]
+        return restored if stack.values.ndim == 4 else restored[:, 0]
+
+    def score_samples(self, X, *, brain_mask=None) -> np.ndarray:
+        """Score of each slice, (n,): higher = more normal; minus the pooled map."""
+        stack = self._check_slices(X, brain_mask)
+        return self._score_stack(stack)
+
+    def decision_function(self, X, *, brain_mask=None) -> np.ndarray:
+        """``score_samples - offset_``: negative = anomalous."""
+        check_is_fitted(self)
+        self._warn_if_stale()
+        return self.score_samples(X, brain_mask=brain_mask) - self.offset_
+
+    def predict(self, X, *, brain_mask=None) -> np.ndarray:
+        """+1 for normal slices, -1 for anomalous ones."""
+        return np.where(self.decision_function(X, brain_mask=brain_mask) < 0, -1, 1)
+
+    def fit_predict(self, X, y=None, *, brain_mask=None, groups=None) -> np.ndarray:
+        """`fit`, then `predict` of the same slices."""
+        return self.fit(X, y, brain_mask=brain_mask, groups=groups).predict(X, brain_mask=brain_mask)
+
+    def _value_of(self, name: str):
+        """A parameter, or what the preset has where it is None."""
+        value = getattr(self, name)
+        return PRESETS[self.preset_][name] if value is None else value
+
+    def _inference_knobs(self) -> dict:
+        knobs = {name: self._value_of(name) for name in INFERENCE_KNOBS}
+        check_inference_knobs(knobs)
+        return knobs
+
+    def _check_fit_parameters(self, stack: SliceStack) -> None:
+        if len(stack) < 2:
+            raise ValueError(
+                f"X must have at least 2 samples to train on some and calibrate on others, got "
+                f"n_samples = {len(stack)}. Add healthy slices."
+            )
+        is_share = isinstance(self.contamination, Real) and 0 < self.contamination <= 0.5
+        if self.contamination != "auto" and not is_share:
+            raise ValueError(
+                f"contamination must be 'auto' or in (0, 0.5], got {self.contamination!r}. Use 'auto'."
+            )
+        for name in ("image_specificity", "pixel_specificity", "calibration_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must lie between 0 and 1, got {getattr(self, name)!r}. "
+                    f"The default is a good start."
+                )
+        knobs = self._inference_knobs()
+        NoiseSchedule.cosine(self._value_of("n_timesteps")).timesteps(knobs["n_steps"], knobs["step_spacing"])
+
+    def _hold_out(self, n: int, groups, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of training slices and of those kept for calibration; whole groups where they are given."""
+        if groups is not None and len(np.unique(groups)) > 1:
+            splitter = GroupShuffleSplit(1, test_size=self.calibration_fraction, random_state=seed)
+        else:
+            splitter = ShuffleSplit(1, test_size=self.calibration_fraction, random_state=seed)
+        train, held_out = next(splitter.split(np.zeros(n), groups=groups))
+        return np.sort(train), np.sort(held_out)
+
+    def _make_autoencoder(self, seed: int) -> LatentAutoencoder:
+        autoencoder = self._value_of("autoencoder")
+        if isinstance(autoencoder, str):
+            trainer = Trainer(**PRESETS[self.preset_]["autoencoder_training"])
+            autoencoder = LatentAutoencoder(autoencoder, trainer=trainer)
+        if not isinstance(autoencoder, LatentAutoencoder):
+            raise TypeError(
+                f"autoencoder must be a LatentAutoencoder, FrozenEstimator(fitted), the name of a size or "
+                f"None, got {autoencoder!r}. Use LatentAutoencoder()."
+            )
+        shared = {"device": self.device, "image_shape": None, "intensity_range": (0.0, 1.0), "verbose": False}
+        return clone(autoencoder).set_params(**shared, random_state=seed)
+
+    def _make_trainer(self) -> Trainer:
+        if self.trainer is not None:
+            return clone(self.trainer)
+        return Trainer(**PRESETS[self.preset_]["denoiser_training"])
+
+    def _calibrate(self, stack: SliceStack, healthy: np.ndarray) -> None:
+        """Both thresholds, from the maps of held-out healthy slices (DESIGN, decision 6)."""
+        pooled, pixels = [], []
+        for _, maps, brain in self._map_batches(stack.subset(healthy)):
+            pooled.append(pool_map(maps, brain))
+            pixels.append(maps[brain])
+        values = np.concatenate(pixels)
+        self.map_threshold_ = float(np.quantile(values, self.pixel_specificity)) if values.size else 0.0
+        if self.contamination == "auto":
+            self.offset_ = float(-np.quantile(np.concatenate(pooled), self.image_specificity))
+        else:
+            self.offset_ = float(np.quantile(self._score_stack(stack), self.contamination))
+        self.calibrated_with_ = self._inference_knobs()
+
+    def _warn_if_stale(self) -> None:
+        knobs = self._inference_knobs()
+        changed = {name: value for name, value in knobs.items() if value != self.calibrated_with_[name]}
+        if changed:
+            before = {name: self.calibrated_with_[name] for name in changed}
+            warnings.warn(
+                f"offset_ and map_threshold_ were calibrated with {before}, now {changed}. "
+                f"Call calibrate(healthy_slices).",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _restore_batches(self, stack: SliceStack, *, decode: bool) -> Iterator[RestoredBatch]:
+        knobs = self._inference_knobs()
+        self.autoencoder_.device = self.device
+        sampler = MaskedDDIM(knobs["n_steps"], knobs["eta"], knobs["mask_threshold"], knobs["step_spacing"])
+        return restore_batches(
+            self.autoencoder_,
+            self.denoiser_,
+            stack,
+            sampler,
+            NoiseSchedule.cosine(self.n_timesteps_),
+            batch_size=self.batch_size or self.autoencoder_.batch_size_of(),
+            seed=self.sampler_seed_,
+            decode=decode,
+        )
+
+    def _map_batches(self, stack: SliceStack) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """First row, maps (n, H, W) and brain masks of each batch."""
+        knobs, start = self._inference_knobs(), 0
+        for batch in self._restore_batches(stack, decode=knobs["anomaly_map"] == "image"):
+            yield start, maps_of(batch, knobs, self.autoencoder_.config_.factor), batch.brain
+            start += len(batch.brain)
+
+    def _score_stack(self, stack: SliceStack) -> np.ndarray:
+        return -np.concatenate([pool_map(maps, brain) for _, maps, brain in self._map_batches(stack)])
+
+    def __getstate__(self):
+        """State that holds no device: the denoiser's weights as arrays."""
+        state = super().__getstate__().copy()
+        if isinstance(state.get("denoiser_"), MaskedUNet):
+            denoiser = state.pop("denoiser_")
+            state["_packed_denoiser"] = (denoiser.config, state_to_numpy(denoiser))
+        elif isinstance(state.get("denoiser_"), nn.Module):
+            state["denoiser_"] = copy.deepcopy(state["denoiser_"]).cpu()
+        return state
+
+    def __setstate__(self, state):
+        state = dict(state)
+        packed = state.pop("_packed_denoiser", None)
+        super().__setstate__(state)
+        if packed is not None:
+            config, arrays = packed
+            self.denoiser_ = state_from_numpy(MaskedUNet(config), arrays).eval()
+
+
+def _fit_autoencoder(autoencoder: LatentAutoencoder, stack: SliceStack, *, verbose: bool) -> LatentAutoencoder:
+    """The first stage as a function of its inputs, so that it can be cached."""
+    return autoencoder.set_params(verbose=verbose).fit_stack(stack)

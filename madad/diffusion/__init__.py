@@ -1,0 +1,32 @@
+"""Masked diffusion: schedule, masks, what fills them, the loss, and the samplers that repair."""
+
+from madad.diffusion.corruption import (
+    CORRUPTIONS,
+    Corruption,
+    ForeignLatents,
+    GaussianNoise,
+    Mixture,
+    SmoothOffset,
+)
+from madad.diffusion.masking import EitherMask, RandomBlobs, RandomPatches
+from madad.diffusion.objective import MaskedDiffusionObjective, masked_diffusion_loss
+from madad.diffusion.sampler import MaskedDDIM, MaskedDDPM, Restoration
+from madad.diffusion.schedule import NoiseSchedule
+
+__all__ = [
+    "CORRUPTIONS",
+    "Corruption",
+    "EitherMask",
+    "ForeignLatents",
+    "GaussianNoise",
+    "MaskedDDIM",
+    "MaskedDDPM",
+    "MaskedDiffusionObjective",
+    "Mixture",
+    "NoiseSchedule",
+    "RandomBlobs",
+    "RandomPatches",
+    "Restoration",
+    "SmoothOffset",
+    "masked_diffusion_loss",
+]

@@ -1,0 +1,106 @@
+"""What fills the masked latents during training: noise (the paper), or something more like a lesion.
+
+A corruption is a small frozen object with one method, ``fill(z0, generator)``, that returns a tensor of the
+shape of ``z0``: it stands where the forward process has its Gaussian noise. Latents have unit variance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from madad.diffusion.masking import smooth_field
+
+
+class Corruption(Protocol):
+    """Anything with this method can be the ``corruption`` of a detector."""
+
+    def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
+        """What the forward process mixes into the masked positions, (batch, c, h, w)."""
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """The paper's: independent standard normal values."""
+
+    def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
+        """Standard normal noise of the shape of ``z0``."""
+        return torch.randn(z0.shape, generator=generator, dtype=z0.dtype).to(z0.device)
+
+
+@dataclass(frozen=True)
+class ForeignLatents:
+    """Healthy texture in the wrong place: another sample of the batch, flipped and shifted."""
+
+    def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
+        """Each sample's fill is one other sample, mirrored or not, rolled by at least an eighth."""
+        n, _, h, w = z0.shape
+        other = (torch.arange(n) + torch.randint(1, max(n, 2), (n,), generator=generator)) % n
+        quarter = (h // 4 or 1, w // 4 or 1)
+        shift = [side // 8 + torch.randint(0, q, (n,), generator=generator) for side, q in zip((h, w), quarter)]
+        sign = torch.randint(0, 2, (2, n), generator=generator) * 2 - 1
+        mirror = torch.randint(0, 2, (n,), generator=generator).bool()
+        rows = (torch.arange(h) + (sign[0] * shift[0])[:, None]) % h  # (n, h)
+        columns = (torch.arange(w) + (sign[1] * shift[1])[:, None]) % w
+        columns = torch.where(mirror[:, None], columns.flip(1), columns)
+        taken = z0.permute(0, 2, 3, 1)[other[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return taken.permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class SmoothOffset:
+    """The tissue itself, moved in one direction of latent space, as a smooth lesion moves it.
+
+    Parameters
+    ----------
+    magnitude : (float, float)
+        Range of the offset's length, in standard deviations of a latent value.
+    noise : float
+        Standard deviation of the noise added to the moved tissue.
+    flatten : float
+        Largest share by which the tissue's own texture is replaced by zero, the mean of healthy latents.
+    """
+
+    magnitude: tuple[float, float] = (0.5, 3.0)
+    noise: float = 0.2
+    flatten: float = 1.0
+
+    def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
+        """``z0``, flattened towards zero, plus a slowly varying offset and little noise."""
+        n, c, h, w = z0.shape
+        direction = torch.randn(n, c, 1, 1, generator=generator)
+        direction = direction * (c**0.5 / direction.norm(dim=1, keepdim=True))
+        low, high = self.magnitude
+        length = low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
+        slow = 1 + 0.3 * smooth_field(n, 1, h, w, generator)
+        noise = self.noise * torch.randn(z0.shape, generator=generator)
+        kept = 1 - self.flatten * torch.rand(n, 1, 1, 1, generator=generator)
+        return kept.to(z0) * z0 + (direction * length * slow + noise).to(z0)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """For each sample one of several corruptions.
+
+    Parameters
+    ----------
+    corruptions : tuple of Corruption
+    probabilities : tuple of float or None
+        None = equal.
+    """
+
+    corruptions: tuple[Corruption, ...] = (GaussianNoise(), ForeignLatents(), SmoothOffset())
+    probabilities: tuple[float, ...] | None = None
+
+    def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
+        """The fill of one corruption per sample, drawn by ``probabilities``."""
+        weights = torch.tensor(self.probabilities or [1.0] * len(self.corruptions))
+        choice = torch.multinomial(weights, len(z0), True, generator=generator)
+        fills = torch.stack([corruption.fill(z0, generator) for corruption in self.corruptions])
+        return fills[choice, torch.arange(len(z0))]
+
+
+CORRUPTIONS: dict[str, Corruption] = {"gaussian": GaussianNoise(), "mixture": Mixture()}

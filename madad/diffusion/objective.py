@@ -1,0 +1,94 @@
+"""The training loss: repair the masked latent and say where it was masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from madad.diffusion.corruption import Corruption, GaussianNoise
+from madad.diffusion.masking import RandomPatches, restrict_to_brain
+from madad.diffusion.schedule import NoiseSchedule
+
+MASK_LOSSES = ("bce", "mse")
+
+
+def masked_diffusion_loss(
+    z0: Tensor, z0_hat: Tensor, noise_mask: Tensor, noise_logit: Tensor, mask_loss: str = "bce"
+) -> tuple[Tensor, Tensor]:
+    """The two terms of the loss, per sample (METHOD, section 1).
+
+    ``|| z0 - z0_hat ||^2`` as a mean over values, and the mask term between M and f_M: ``"bce"`` is binary
+    cross-entropy (the paper), ``"mse"`` the squared error of the probability (the original code).
+
+    Returns
+    -------
+    z0_loss, mask_loss : Tensor of shape (batch,)
+    """
+    z0_loss = (z0 - z0_hat).square().mean(dim=(1, 2, 3))
+    if mask_loss == "bce":
+        mask_term = F.binary_cross_entropy_with_logits(noise_logit, noise_mask, reduction="none")
+    elif mask_loss == "mse":
+        mask_term = (torch.sigmoid(noise_logit) - noise_mask).square()
+    else:
+        raise ValueError(f"mask_loss must be one of {MASK_LOSSES}, got {mask_loss!r}. The paper's is 'bce'.")
+    return z0_loss, mask_term.mean(dim=(1, 2, 3))
+
+
+@dataclass
+class MaskedDiffusionObjective:
+    """Draw masks, times and fills for clean latents, noise them and score the network's answer.
+
+    Parameters
+    ----------
+    schedule : NoiseSchedule
+    masking : RandomPatches, RandomBlobs or EitherMask
+        Anything with ``draw(n, h, w, generator)``, or with a further ``weight``.
+    corruption : Corruption
+        What fills the masked positions.
+    brain_rule : {"paper", "original"}
+        See `restrict_to_brain`.
+    mask_loss : {"bce", "mse"}
+    mask_loss_weight : float
+        lambda.
+    """
+
+    schedule: NoiseSchedule
+    masking: Any = RandomPatches()
+    corruption: Corruption = GaussianNoise()
+    brain_rule: str = "paper"
+    mask_loss: str = "bce"
+    mask_loss_weight: float = 0.001
+
+    def noise(self, z0: Tensor, brain_fraction: Tensor, generator: torch.Generator):
+        """Noise clean latents.
+
+        Returns
+        -------
+        z_t, noise_mask, t : Tensor of shape (batch, c, h, w), (batch, 1, h, w) and (batch,)
+        """
+        n, _, h, w = z0.shape
+        drawn = self.masking.draw(n, h, w, generator, **self._centres(brain_fraction))
+        noise_mask = restrict_to_brain(drawn.to(z0.device), brain_fraction, self.brain_rule)
+        t = torch.randint(1, self.schedule.n_timesteps + 1, (n,), generator=generator).to(z0.device)
+        fill = self.corruption.fill(z0, generator)
+        return self.schedule.add_noise(z0, fill, noise_mask, t), noise_mask, t
+
+    def __call__(
+        self, unet: nn.Module, z0: Tensor, brain_fraction: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch of clean latents, and its two terms by name."""
+        z_t, noise_mask, t = self.noise(z0, brain_fraction, generator)
+        z0_hat, noise_logit = unet(z_t, t)
+        z0_loss, mask_term = masked_diffusion_loss(
+            z0, z0_hat.float(), noise_mask, noise_logit.float(), self.mask_loss
+        )
+        loss = (z0_loss + self.mask_loss_weight * mask_term).mean()
+        return loss, {"z0": z0_loss.mean().detach(), "mask": mask_term.mean().detach()}
+
+    def _centres(self, brain_fraction: Tensor) -> dict[str, Tensor]:
+        """Blobs are centred in the brain; patches lie on their grid."""
+        return {} if isinstance(self.masking, RandomPatches) else {"weight": brain_fraction.cpu()}

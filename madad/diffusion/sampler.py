@@ -1,0 +1,156 @@
+"""Repair a latent: both samplers move only the positions that the mask head flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from madad.diffusion.schedule import NoiseSchedule
+
+
+class Restoration(NamedTuple):
+    """What a sampler gives back.
+
+    Attributes
+    ----------
+    z_restored : Tensor of shape (batch, c, h, w)
+    noise_probability : Tensor of shape (n_steps, batch, 1, h, w), in 0..1
+        f_M at each step, in the order of the steps (t descending).
+    flagged : Tensor of shape (batch,), bool
+        Whether any position was flagged at any step; where False, ``z_restored`` equals the input.
+    trajectory : Tensor of shape (n_steps + 1, batch, c, h, w) or None
+        z_T, ..., z_0 on request.
+    """
+
+    z_restored: Tensor
+    noise_probability: Tensor
+    flagged: Tensor
+    trajectory: Tensor | None
+
+
+@dataclass(frozen=True)
+class _MaskedSampler:
+    """The loop that both samplers share; they differ in the step from t to the time before it."""
+
+    n_steps: int = 10
+    eta: float = 0.0
+    mask_threshold: float = 0.5
+    spacing: str = "leading"
+
+    def restore(
+        self,
+        unet: nn.Module,
+        z: Tensor,
+        schedule: NoiseSchedule,
+        generator: torch.Generator | None = None,
+        *,
+        brain_fraction: Tensor | None = None,
+        return_trajectory: bool = False,
+    ) -> Restoration:
+        """Take ``z`` as z_T and repair what ``unet`` flags.
+
+        Parameters
+        ----------
+        unet : callable (z_t, t) -> (z0_hat, noise_logit)
+        z : Tensor of shape (batch, c, h, w)
+            The latent of an image; no noise is added to it first.
+        schedule : NoiseSchedule
+        generator : torch.Generator on the CPU, optional
+            Noise of the steps. One draw of shape (1, c, h, w) serves the whole batch, so that a slice's
+            result depends neither on its batch nor on its place in it. None = seed 0.
+        brain_fraction : Tensor of shape (batch, 1, h, w), optional
+            Positions without any brain are never flagged.
+        return_trajectory : bool
+        """
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        times = schedule.timesteps(self.n_steps, self.spacing)
+        z_t, probabilities, trajectory = z, [], [z]
+        flagged = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        for t, t_before in zip(times, [*times[1:], 0]):
+            z0_hat, noise_logit = unet(z_t, torch.full((len(z),), t, device=z.device))
+            noise_probability = torch.sigmoid(noise_logit.to(z.dtype))
+            if brain_fraction is not None:
+                noise_probability = noise_probability * (brain_fraction > 0)
+            noise_mask = noise_probability > self.mask_threshold  # B(f_M)
+            flagged |= noise_mask.flatten(1).any(dim=1)
+            noise = torch.randn((1, *z.shape[1:]), generator=generator).to(z)
+            moved = self._step(schedule, z_t, z0_hat.to(z.dtype), t, t_before, noise)
+            z_t = torch.where(noise_mask, moved, z_t)
+            probabilities.append(noise_probability)
+            if return_trajectory:
+                trajectory.append(z_t)
+        steps = torch.stack(trajectory) if return_trajectory else None
+        return Restoration(z_t, torch.stack(probabilities), flagged, steps)
+
+    def _step(self, schedule, z_t: Tensor, z0_hat: Tensor, t: int, t_before: int, noise: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MaskedDDIM(_MaskedSampler):
+    """Masked DDIM (METHOD, section 1; Song et al., ICLR 2021).
+
+    Parameters
+    ----------
+    n_steps : int
+        Number of times visited, 1..T.
+    eta : float
+        0 = deterministic; the original code uses 0.5.
+    mask_threshold : float
+        Positions with f_M above it are moved.
+    spacing : {"leading", "trailing"}
+        See `NoiseSchedule.timesteps`.
+
+    Notes
+    -----
+    ``eps_hat = (z_t - sqrt(ab_t) z0_hat) / sqrt(1 - ab_t)``;
+    ``sigma_t = eta sqrt((1 - ab_{t-1}) / (1 - ab_t)) sqrt(1 - ab_t / ab_{t-1})``;
+    ``z_{t-1} = sqrt(ab_{t-1}) z0_hat + sqrt(1 - ab_{t-1} - sigma_t^2) eps_hat + sigma_t eps`` where flagged.
+    """
+
+    def _step(self, schedule, z_t, z0_hat, t, t_before, noise):
+        ab, ab_before = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[t_before])
+        sigma = self.eta * ((1 - ab_before) / (1 - ab)) ** 0.5 * (1 - ab / ab_before) ** 0.5
+        eps_hat = (z_t - ab**0.5 * z0_hat) / (1 - ab) ** 0.5
+        direction = max(1 - ab_before - sigma**2, 0.0) ** 0.5
+        return ab_before**0.5 * z0_hat + direction * eps_hat + sigma * noise
+
+
+@dataclass(frozen=True)
+class MaskedDDPM(_MaskedSampler):
+    """Masked ancestral sampling from the DDPM posterior (METHOD, section 1).
+
+    Parameters
+    ----------
+    n_steps, mask_threshold, spacing :
+        As in `MaskedDDIM`.
+    eta : float
+        Multiplies the posterior's standard deviation; 1 = the paper's variance beta_t, 0 = its mean.
+
+    Notes
+    -----
+    The posterior mean is `posterior_mean`. Where times are skipped, ``alpha_t = ab_t / ab_before``. The
+    last step adds no noise.
+    """
+
+    eta: float = 1.0
+
+    def _step(self, schedule, z_t, z0_hat, t, t_before, noise):
+        ab, ab_before = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[t_before])
+        beta = 1 - ab / ab_before
+        spread = self.eta * beta**0.5 if t_before > 0 else 0.0
+        return posterior_mean(z_t, z0_hat, ab, ab_before) + spread * noise
+
+
+def posterior_mean(z_t: Tensor, z0_hat: Tensor, ab: float, ab_before: float) -> Tensor:
+    """Mean of q(z_{t-1} | z_t, z0_hat).
+
+    ``sqrt(ab_{t-1}) beta_t / (1 - ab_t) z0_hat + sqrt(alpha_t) (1 - ab_{t-1}) / (1 - ab_t) z_t``
+    """
+    alpha = ab / ab_before
+    of_z0 = ab_before**0.5 * (1 - alpha) / (1 - ab)
+    of_z_t = alpha**0.5 * (1 - ab_before) / (1 - ab)
+    return of_z0 * z0_hat + of_z_t * z_t

@@ -1,0 +1,1 @@
+"""Geometry and intensities of MR images: NumPy in, NumPy out, no torch."""

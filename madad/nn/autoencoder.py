@@ -1,0 +1,232 @@
+"""The KL autoencoder: slices to the mean and variance of a small latent image, and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from madad.nn.layers import (
+    DepthToSpaceHead,
+    Downsample,
+    ResidualBlock,
+    SelfAttention,
+    SpaceToDepthConv,
+    Upsample,
+)
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of an `AutoencoderKL`.
+
+    Parameters
+    ----------
+    image_channels, latent_channels : int
+        Channels of the image and of the latent.
+    base_channels : int
+        Width of the first level; level ``i`` has ``base_channels * channel_multipliers[i]``.
+    channel_multipliers : tuple of int
+        One entry per level; each level after the first halves height and width.
+    n_res_blocks : int
+        Residual blocks per encoder level; the decoder has one more.
+    patch_size : int
+        Side of the blocks that the stem folds into channels (1 = a plain convolution).
+    mid_attention : bool
+        One-head attention in the middle.
+    norm_groups : int
+        Groups of every group norm; must divide every width.
+    """
+
+    image_channels: int = 1
+    latent_channels: int = 4
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    n_res_blocks: int = 2
+    patch_size: int = 1
+    mid_attention: bool = True
+    norm_groups: int = 32
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent position, along height and along width."""
+        return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
+
+
+KL_F8 = AutoencoderConfig()
+
+AUTOENCODER_SIZES: dict[str, AutoencoderConfig] = {
+    "kl-f8": KL_F8,
+    "fast-f8": AutoencoderConfig(
+        base_channels=64, channel_multipliers=(1, 2), n_res_blocks=1, patch_size=4, mid_attention=False
+    ),
+    "fast-f4": AutoencoderConfig(
+        base_channels=64, channel_multipliers=(1,), n_res_blocks=2, patch_size=4, mid_attention=False
+    ),
+    "tiny": AutoencoderConfig(
+        latent_channels=2,
+        base_channels=8,
+        channel_multipliers=(1,),
+        n_res_blocks=1,
+        patch_size=4,
+        mid_attention=False,
+        norm_groups=4,
+    ),
+}
+
+
+class DiagonalGaussian:
+    """The encoder's answer: an independent normal distribution for every latent value.
+
+    Attributes
+    ----------
+    mean, logvar : Tensor of shape (batch, latent_channels, h, w)
+        ``logvar`` is clamped to [-30, 20] as in CompVis' code.
+    """
+
+    def __init__(self, mean: Tensor, logvar: Tensor):
+        self.mean = mean
+        self.logvar = logvar.clamp(-30.0, 20.0)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one latent, of the shape of ``mean``."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
+        return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean.device)
+
+    def kl(self) -> Tensor:
+        """Kullback-Leibler divergence to the standard normal, per sample: (batch,)."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+
+class _Middle(nn.Module):
+    """Residual block, attention, residual block at the coarsest resolution."""
+
+    def __init__(self, channels: int, attention: bool, norm: dict):
+        super().__init__()
+        self.block1 = ResidualBlock(channels, channels, **norm)
+        self.attention = SelfAttention(channels, **norm) if attention else nn.Identity()
+        self.block2 = ResidualBlock(channels, channels, **norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block2(self.attention(self.block1(x)))
+
+
+class Encoder(nn.Module):
+    """Images to twice the latent channels (mean and log-variance before the quant convolution)."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        norm = {"norm_groups": config.norm_groups, "norm_eps": NORM_EPS}
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        self.stem = SpaceToDepthConv(config.image_channels, config.base_channels, config.patch_size)
+
+        self.levels = nn.ModuleList()
+        channels = config.base_channels
+        for i, width in enumerate(widths):
+            blocks = []
+            for _ in range(config.n_res_blocks):
+                blocks.append(ResidualBlock(channels, width, **norm))
+                channels = width
+            if i < len(widths) - 1:
+                blocks.append(Downsample(channels, asymmetric=True))
+            self.levels.append(nn.Sequential(*blocks))
+
+        self.middle = _Middle(channels, config.mid_attention, norm)
+        self.head = DepthToSpaceHead(channels, 2 * config.latent_channels, **norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, image_channels, H, W) -> (batch, 2 latent_channels, H / factor, W / factor)."""
+        x = self.stem(x)
+        for level in self.levels:
+            x = level(x)
+        return self.head(self.middle(x))
+
+
+class Decoder(nn.Module):
+    """Latents to images, the encoder mirrored."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        norm = {"norm_groups": config.norm_groups, "norm_eps": NORM_EPS}
+        widths = [config.base_channels * m for m in reversed(config.channel_multipliers)]
+        channels = widths[0]
+        self.stem = SpaceToDepthConv(config.latent_channels, channels)
+        self.middle = _Middle(channels, config.mid_attention, norm)
+
+        self.levels = nn.ModuleList()
+        for i, width in enumerate(widths):
+            blocks = []
+            for _ in range(config.n_res_blocks + 1):
+                blocks.append(ResidualBlock(channels, width, **norm))
+                channels = width
+            if i < len(widths) - 1:
+                blocks.append(Upsample(channels))
+            self.levels.append(nn.Sequential(*blocks))
+
+        self.head = DepthToSpaceHead(channels, config.image_channels, config.patch_size, **norm)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(batch, latent_channels, h, w) -> (batch, image_channels, factor h, factor w)."""
+        z = self.middle(self.stem(z))
+        for level in self.levels:
+            z = level(z)
+        return self.head(z)
+
+
+class AutoencoderKL(nn.Module):
+    """Variational autoencoder with a spatial latent, as in latent diffusion models.
+
+    With the defaults it is CompVis' and diffusers' ``kl-f8`` (Rombach et al., CVPR 2022) exactly, except
+    for one image channel; `madad.pretrained` loads their weights. `AUTOENCODER_SIZES` also names small
+    ones whose stem folds 4x4 pixels into channels, for CPUs.
+
+    Parameters
+    ----------
+    config : AutoencoderConfig
+        The shape; ``network.config`` gives it back.
+
+    Notes
+    -----
+    Height and width must be multiples of ``config.factor``: `madad.LatentAutoencoder` pads and crops.
+    """
+
+    def __init__(self, config: AutoencoderConfig = KL_F8):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Posterior of the latent of images in -1..1, (batch, image_channels, H, W).
+
+        Raises
+        ------
+        ValueError
+            If height or width is not a multiple of ``config.factor``, or the channels disagree.
+        """
+        channels, factor = self.config.image_channels, self.config.factor
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"x must have shape (batch, {channels}, height, width) with height and width divisible by "
+                f"{factor}, got {tuple(x.shape)}. Pad the images with background."
+            )
+        mean, logvar = self.quant(self.encoder(x)).chunk(2, dim=1)
+        return DiagonalGaussian(mean, logvar)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images of latents, (batch, latent_channels, h, w) -> (batch, image_channels, H, W)."""
+        return self.decoder(self.post_quant(z))
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
+        """Reconstruction of ``x`` from one sample of its posterior, and the posterior."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample(generator)), posterior
+
+    def config_dict(self) -> dict:
+        """The configuration as plain numbers, for ``config.json``."""
+        return asdict(self.config)

@@ -1,0 +1,166 @@
+"""The blocks both networks are made of: written once, for the autoencoder and for the U-Net."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, beside a shortcut; optionally shifted by a time embedding.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        The shortcut is a 1x1 convolution where they differ and the identity where they agree.
+    time_channels : int or None
+        Width of the time embedding that is projected and added between the two convolutions.
+    dropout : float
+        Dropout rate before the second convolution.
+    norm_groups, norm_eps :
+        Group norm's number of groups and epsilon.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_channels: int | None = None,
+        dropout: float = 0.0,
+        norm_groups: int = 32,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=norm_eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(time_channels, out_channels) if time_channels else None
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=norm_eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+        """(batch, in_channels, h, w) -> (batch, out_channels, h, w)."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        if self.time is not None:
+            hidden = hidden + self.time(F.silu(time_embedding))[:, :, None, None]
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
+        return self.shortcut(x) + hidden
+
+
+class SelfAttention(nn.Module):
+    """Residual multi-head attention of every position to every other one.
+
+    ``qkv`` keeps queries, keys and values in three blocks, each ordered by head; foreign weights are
+    brought into this order when they are loaded (`madad.pretrained`).
+    """
+
+    def __init__(self, channels: int, *, n_heads: int = 1, norm_groups: int = 32, norm_eps: float = 1e-5):
+        super().__init__()
+        if channels % n_heads:
+            raise ValueError(
+                f"n_heads must divide the number of channels {channels}, got {n_heads}. "
+                f"Choose a divisor of {channels}."
+            )
+        self.n_heads = n_heads
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=norm_eps)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, h, w) -> the same shape."""
+        batch, channels, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.n_heads, channels // self.n_heads, h * w)
+        query, key, value = qkv.transpose(-1, -2).unbind(dim=1)  # (batch, heads, tokens, channels per head)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return x + self.out(attended.transpose(-1, -2).reshape(batch, channels, h, w))
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution.
+
+    ``asymmetric`` pads one row below and one column to the right, as CompVis' autoencoders do; otherwise
+    the padding is one on each side, as in the original MAD-AD U-Net.
+    """
+
+    def __init__(self, channels: int, *, asymmetric: bool = False):
+        super().__init__()
+        self.asymmetric = asymmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, h, w) -> (batch, channels, h / 2, w / 2)."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
+
+
+class Upsample(nn.Module):
+    """Double height and width by repetition, then smooth with a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, h, w) -> (batch, channels, 2 h, 2 w)."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class SpaceToDepthConv(nn.Module):
+    """A stem: fold ``patch_size`` x ``patch_size`` blocks into channels, then a 3x3 convolution.
+
+    With ``patch_size=1`` it is the plain convolution. Larger blocks spare a CPU the convolutions at full
+    resolution, which cost most there.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: int = 1):
+        super().__init__()
+        self.fold = nn.PixelUnshuffle(patch_size) if patch_size > 1 else nn.Identity()
+        self.conv = nn.Conv2d(in_channels * patch_size**2, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in_channels, h, w) -> (batch, out_channels, h / patch_size, w / patch_size)."""
+        return self.conv(self.fold(x))
+
+
+class DepthToSpaceHead(nn.Module):
+    """Norm, SiLU (if ``activate``), 3x3 convolution, then unfold channels into blocks: the stem's inverse."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        patch_size: int = 1,
+        *,
+        activate: bool = True,
+        norm_groups: int = 32,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.activate = activate
+        self.norm = nn.GroupNorm(norm_groups, in_channels, eps=norm_eps)
+        self.conv = nn.Conv2d(in_channels, out_channels * patch_size**2, 3, padding=1)
+        self.unfold = nn.PixelShuffle(patch_size) if patch_size > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in_channels, h, w) -> (batch, out_channels, patch_size h, patch_size w)."""
+        x = self.norm(x)
+        return self.unfold(self.conv(F.silu(x) if self.activate else x))
+
+
+def sinusoidal_embedding(position: Tensor, channels: int) -> Tensor:
+    """Embed positions (batch,) as cosines and sines of geometrically spaced frequencies, (batch, channels)."""
+    half = channels // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=position.device) / half
+    angles = position[:, None].float() * torch.exp(-math.log(10_000.0) * exponents)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, channels % 2))
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column until height and width are multiples of ``multiple``."""
+    below, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    return F.pad(x, (0, right, 0, below), mode="replicate") if below or right else x

@@ -1,0 +1,123 @@
+"""Presets are data: for each name the value of every knob that the user left at None."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+INFERENCE_KNOBS = (
+    "n_steps",
+    "eta",
+    "step_spacing",
+    "mask_threshold",
+    "anomaly_map",
+    "reference",
+    "map_difference",
+    "gamma",
+    "smoothing_px",
+)
+
+# The equations and choices of the paper; where it is silent, the original code's (METHOD, sections 1 and 2).
+_PAPER = {
+    "autoencoder": "kl-f8",
+    "autoencoder_training": {"max_epochs": 100, "learning_rate": 1e-4},
+    "denoiser": "L",
+    "denoiser_training": {"max_epochs": 300, "batch_size": 96, "learning_rate": 5e-4, "ema_decay": 0.0},
+    "corruption": "gaussian",
+    "mask_shape": "patches",
+    "mask_ratio": 0.4,
+    "mask_patch_sizes": (1, 2, 4, 8),
+    "mask_patch_probabilities": (0.25, 0.25, 0.25, 0.25),
+    "brain_rule": "paper",
+    "mask_loss": "bce",
+    "mask_loss_weight": 0.001,
+    "n_timesteps": 10,
+    "n_steps": 10,
+    "eta": 0.0,
+    "step_spacing": "leading",
+    "mask_threshold": 0.5,
+    "anomaly_map": "image",
+    "reference": "input",
+    "map_difference": "squared",
+    "gamma": 0.2,
+    "smoothing_px": None,
+}
+
+# What the published code does where it differs from its paper (METHOD, section 2).
+_ORIGINAL = _PAPER | {
+    "denoiser_training": {"max_epochs": 200, "batch_size": 96, "learning_rate": 4e-5, "ema_decay": 0.0},
+    "mask_patch_probabilities": (0.2, 0.3, 0.3, 0.2),
+    "brain_rule": "original",
+    "mask_loss": "mse",
+    "eta": 0.5,
+    "reference": "reconstruction",
+    "map_difference": "absolute",
+    "gamma": 0.25,
+}
+
+# Ours: masks and fills that look more like disease, and networks that a CPU can train.
+_SMALL = _PAPER | {
+    "autoencoder": "fast-f4",
+    "autoencoder_training": {"max_epochs": 200, "max_steps": 3000, "learning_rate": 2e-3},
+    "denoiser": "small",
+    "denoiser_training": {"max_epochs": 1000, "max_steps": 3000, "learning_rate": 1e-3},
+    "corruption": "mixture",
+    "mask_shape": "either",
+    "mask_loss_weight": 0.1,
+    "step_spacing": "trailing",
+    "mask_threshold": 0.3,
+    "anomaly_map": "latent",
+    "reference": "reconstruction",
+    "map_difference": "absolute",
+}
+
+_TINY = _SMALL | {
+    "autoencoder": "tiny",
+    "autoencoder_training": {"max_epochs": 2, "max_steps": 20},
+    "denoiser": "tiny",
+    "denoiser_training": {"max_epochs": 2, "max_steps": 20},
+    "n_steps": 2,
+}
+
+_BASE = _SMALL | {
+    "autoencoder": "kl-f8",
+    "autoencoder_training": {"max_epochs": 100, "learning_rate": 2e-4},
+    "denoiser": "S",
+    "denoiser_training": {"max_epochs": 300, "learning_rate": 2e-4},
+}
+
+PRESETS: dict[str, dict] = {
+    "tiny": _TINY,
+    "small": _SMALL,
+    "base": _BASE,
+    "original": _ORIGINAL,
+    "paper": _PAPER,
+}
+
+
+def choose_preset(preset: str, device: torch.device) -> str:
+    """The preset's name; ``"auto"`` is ``"small"`` on a CPU and ``"base"`` on a GPU.
+
+    Raises
+    ------
+    ValueError
+        If there is no preset of that name.
+    """
+    if preset == "auto":
+        return "small" if device.type == "cpu" else "base"
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be 'auto' or one of {sorted(PRESETS)}, got {preset!r}. Use 'auto'.")
+    return preset
+
+
+def check_inference_knobs(knobs: dict) -> None:
+    """Refuse values of the inference knobs outside their ranges; the sampler and the maps check the rest."""
+    if not 0 <= knobs["mask_threshold"] <= 1:
+        raise ValueError(
+            f"mask_threshold must lie in 0..1, got {knobs['mask_threshold']!r}. The paper's is 0.5."
+        )
+    if not 0 <= knobs["eta"] <= 1:
+        raise ValueError(f"eta must lie in 0..1, got {knobs['eta']!r}. 0 is deterministic.")
+    if math.isnan(knobs["gamma"]) or knobs["gamma"] <= 0:
+        raise ValueError(f"gamma must be positive, got {knobs['gamma']!r}. math.inf switches clipping off.")
