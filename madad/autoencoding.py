@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -29,6 +30,7 @@ from madad.training import Trainer
 
 BACKGROUND = -1.0  # of a network image
 STRUCTURE_SCALES = (1, 2, 4)
+COMPONENT_SLICES = 256
 LATENT_FEATURES = "latent_shift_", "latent_scale_"
 
 
@@ -198,6 +200,8 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         weights_seed, training_seed = spawn_seeds(self.random_state, 2)
         with isolated_seed(weights_seed):
             self.network_ = AutoencoderKL(self._config(stack.image_shape[0])).to(device)
+        if self.config_.linear_shortcut:
+            self._start_from_components(stack, weights_seed)
         self.latent_shift_ = np.zeros(self.config_.latent_channels, np.float32)
         self.latent_scale_ = np.ones(self.config_.latent_channels, np.float32)
 
@@ -304,6 +308,16 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
             size = AUTOENCODER_SIZES[size]
         channels = self.latent_channels or size.latent_channels
         return replace(size, image_channels=image_channels, latent_channels=channels)
+
+    def _start_from_components(self, stack: SliceStack, seed: int) -> None:
+        """Give the network blocks of brain from up to `COMPONENT_SLICES` slices."""
+        rows = np.random.default_rng(seed).permutation(len(stack))[:COMPONENT_SLICES]
+        x = self.pad(to_network(stack.images(rows), torch.device("cpu")))
+        brain = self.brain_fraction(stack.brain(rows), torch.device("cpu"))
+        p = self.config_.factor
+        blocks = rearrange(x, "n c (h p) (w q) -> (n h w) c p q", p=p, q=p)
+        inside = blocks[brain.flatten() > 0]
+        self.network_.start_from_components(inside if len(inside) > 1 else blocks)
 
     def _estimate_latent_scale(self, stack: SliceStack) -> None:
         """Zero mean and unit variance per channel, over the latent positions that hold brain."""

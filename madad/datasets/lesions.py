@@ -41,9 +41,9 @@ def paint_lesion(image, brain_mask, rng, *, radius_px, mass_effect=False):
     Notes
     -----
     ``w * lesion + (1 - w) * image`` with a weight ``w`` that falls softly from 1 to 0 across an irregular
-    rim. The lesion is `MIN_CONTRAST` to `MAX_CONTRAST` darker or brighter than the tissue around it and, where
-    the slice has a place for it, within the 1st..99th percentile of the healthy brain: fluid-like in white
-    matter, white-matter-like in the cortex, and so on. So no threshold on intensity separates it.
+    rim. The lesion is `MIN_CONTRAST` to `MAX_CONTRAST` darker or brighter than the tissue around it and, if
+    the slice has room, within the 1st to 99th percentile of the healthy brain: fluid-like in white matter,
+    white-matter-like in the cortex, and so on. So no threshold on intensity separates it.
     """
     if image.ndim != 2 or image.shape != brain_mask.shape:
         raise ValueError(

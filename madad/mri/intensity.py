@@ -19,8 +19,8 @@ def normalize_intensity(images, brain_masks, *, subjects=None, center="median", 
     subjects : array-like of shape (n_samples,), default=None
         Slices that share a value share one scale. None: each slice has its own.
     center : {"median", "mode"}, default="median"
-        Which centre of the intensities inside the brain is mapped to `target`. The mode (of a smoothed
-        histogram) follows the largest tissue; the median follows how much there is of each.
+        Which centre of the intensities inside the brain is mapped to `target`. The mode (highest peak of a
+        smoothed histogram) follows one tissue; the median follows how much there is of each.
     target : float, default=0.4
         Where the centre goes, above 0 and below 1. At 0.4 the brain's brightest healthy tissue is below 1.
 
@@ -39,8 +39,8 @@ def normalize_intensity(images, brain_masks, *, subjects=None, center="median", 
     Notes
     -----
     ``min(1, target * image / centre)``. The usual divisor is a percentile of 99 or so, and a bright lesion
-    sets it: then the healthy tissue of exactly the patients gets darker. A lesion that fills 20 % of the brain
-    moves the median only to another percentile of the healthy tissue, however bright it is.
+    sets it: then the healthy tissue of exactly the patients gets darker. A lesion in 20 % of the brain moves
+    the median only to another percentile of the healthy tissue, however bright it is.
     """
     images, brain_masks = check_images_and_masks(images, brain_masks)
     if not 0 < target < 1:

@@ -39,6 +39,10 @@ class AutoencoderConfig:
         One-head attention in the middle.
     norm_groups : int
         Groups of every group norm; must divide every width.
+    linear_shortcut : bool
+        Add a linear map between blocks of ``factor`` x ``factor`` pixels and latents to both directions; the
+        convolutions then learn what is not linear, and training starts from a principal component
+        analysis instead of from nothing.
     """
 
     image_channels: int = 1
@@ -49,6 +53,7 @@ class AutoencoderConfig:
     patch_size: int = 1
     mid_attention: bool = True
     norm_groups: int = 32
+    linear_shortcut: bool = False
 
     @property
     def factor(self) -> int:
@@ -60,11 +65,22 @@ KL_F8 = AutoencoderConfig()
 
 AUTOENCODER_SIZES: dict[str, AutoencoderConfig] = {
     "kl-f8": KL_F8,
-    "fast-f8": AutoencoderConfig(
-        base_channels=64, channel_multipliers=(1, 2), n_res_blocks=1, patch_size=4, mid_attention=False
-    ),
     "fast-f4": AutoencoderConfig(
-        base_channels=64, channel_multipliers=(1,), n_res_blocks=2, patch_size=4, mid_attention=False
+        base_channels=32,
+        channel_multipliers=(1,),
+        n_res_blocks=1,
+        patch_size=4,
+        mid_attention=False,
+        linear_shortcut=True,
+    ),
+    "fast-f8": AutoencoderConfig(
+        latent_channels=8,
+        base_channels=64,
+        channel_multipliers=(1,),
+        n_res_blocks=1,
+        patch_size=8,
+        mid_attention=False,
+        linear_shortcut=True,
     ),
     "tiny": AutoencoderConfig(
         latent_channels=2,
@@ -74,6 +90,7 @@ AUTOENCODER_SIZES: dict[str, AutoencoderConfig] = {
         patch_size=4,
         mid_attention=False,
         norm_groups=4,
+        linear_shortcut=True,
     ),
 }
 
@@ -200,6 +217,10 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(config)
         self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        if config.linear_shortcut:
+            c, image_channels, factor = config.latent_channels, config.image_channels, config.factor
+            self.to_latent = nn.Conv2d(image_channels, c, factor, stride=factor)
+            self.to_image = nn.ConvTranspose2d(c, image_channels, factor, stride=factor)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Posterior of the latent of images in -1..1, (batch, image_channels, H, W).
@@ -216,11 +237,44 @@ class AutoencoderKL(nn.Module):
                 f"{factor}, got {tuple(x.shape)}. Pad the images with background."
             )
         mean, logvar = self.quant(self.encoder(x)).chunk(2, dim=1)
+        if self.config.linear_shortcut:
+            mean = mean + self.to_latent(x)
         return DiagonalGaussian(mean, logvar)
 
     def decode(self, z: Tensor) -> Tensor:
         """Images of latents, (batch, latent_channels, h, w) -> (batch, image_channels, H, W)."""
-        return self.decoder(self.post_quant(z))
+        x = self.decoder(self.post_quant(z))
+        return x + self.to_image(z) if self.config.linear_shortcut else x
+
+    @torch.no_grad()
+    def start_from_components(self, blocks: Tensor) -> None:
+        """Set the linear shortcut to the whitened principal components of image blocks.
+
+        The convolutions start at zero and the posterior's standard deviation at ``exp(-4)``, so that the
+        network begins as the principal component analysis and ends, trained, better than it.
+
+        Parameters
+        ----------
+        blocks : Tensor of shape (n, image_channels, factor, factor), in -1..1
+            Blocks of training images, on the CPU.
+        """
+        c = self.config.latent_channels
+        flat = blocks.double().flatten(1)
+        centre = flat.mean(dim=0)
+        variance, axes = torch.linalg.eigh((flat - centre).T @ (flat - centre) / len(flat))
+        order = variance.argsort(descending=True)[:c]
+        axes, spread = axes[:, order].T, variance[order].clamp_min(1e-8).sqrt()  # (components, pixels)
+        missing = c - len(order)  # more latent channels than pixels in a block
+        axes = torch.cat([axes, axes.new_zeros(missing, axes.shape[1])])
+        spread = torch.cat([spread, spread.new_ones(missing)])[:, None]
+        self.to_latent.weight.copy_((axes / spread).view_as(self.to_latent.weight))
+        self.to_latent.bias.copy_(-(axes @ centre) / spread[:, 0])
+        self.to_image.weight.copy_((axes * spread).view_as(self.to_image.weight))
+        self.to_image.bias.copy_(centre.view(self.config.image_channels, -1).mean(dim=1))
+        for convolution in (self.quant, self.decoder.head.conv):
+            convolution.weight.zero_()
+            convolution.bias.zero_()
+        self.quant.bias[c:] = -8.0
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
         """Reconstruction of ``x`` from one sample of its posterior, and the posterior."""
