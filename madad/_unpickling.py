@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import pickle
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,40 +12,51 @@ import torch
 import torch._utils
 from torch import Tensor
 
-# What rebuilds tensors, and nothing else. Every other global becomes an `InertStub`.
+
+
+def _rebuild_tensor(*args):
+    return torch._utils._rebuild_tensor_v2(*args)
+
+
+def _rebuild_parameter(*args):
+    return torch._utils._rebuild_parameter(*args)
+
+
+# What rebuilds tensors, and nothing else. Every other global becomes an `InertStub`; storages are rebuilt by
+# `torch.load` itself. Functions of our own, because a pickle can set attributes of what it is given.
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
 }
-_ALLOWED |= {("torch", name): getattr(torch, name) for name in dir(torch) if name.endswith("Storage")}
 _ALLOWED |= {
     ("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
 }
 
 
+_MODULE_STATE = ("_parameters", "_buffers", "_modules")
+
+
 class InertStub:
-    """Stands for an object of any class: takes whatever it is built from, keeps its state, does nothing."""
+    """Stands for an object of any class: takes whatever it is built from, keeps a module's tensors and
+    children, does nothing."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
 
     def __init__(self, *args, **kwargs):
-        self.items: dict = {}
+        """Take and forget."""
 
     def __setstate__(self, state):
-        parts = state if isinstance(state, tuple) else (state,)
-        for part in parts:
-            if isinstance(part, dict):
-                self.__dict__.update({str(key): value for key, value in part.items()})
+        if isinstance(state, dict):
+            self.__dict__.update({key: state[key] for key in _MODULE_STATE if isinstance(state.get(key), dict)})
 
     def __call__(self, *args, **kwargs):
         return InertStub()
 
     def __setitem__(self, key, value):
-        self.items[key] = value
+        """Take an item of a pickled dict subclass, and forget it."""
 
     def append(self, value):
         """Take a list item of a pickled list subclass, and forget it."""
@@ -60,6 +70,20 @@ class InertStub:
 class _InertUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         return _ALLOWED.get((module, name), InertStub)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, _storages_only(value) if name == "persistent_load" else value)
+
+
+def _storages_only(persistent_load):
+    """Files of before 2020 refer to classes too, by their source, which torch would compare and may write."""
+
+    def load(saved_id):
+        if isinstance(saved_id, tuple) and saved_id[:1] not in (("storage",), (b"storage",)):
+            return InertStub
+        return persistent_load(saved_id)
+
+    return load
 
 
 def _inert_load(file, **kwargs):
@@ -83,12 +107,10 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
     ValueError
         If the file is damaged, a TorchScript archive, or holds no tensors.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                raise ValueError(
-                    f"{path} must be a checkpoint, got a TorchScript archive. Save its state_dict instead."
-                )
+    if _is_torchscript(path):
+        raise ValueError(
+            f"{path} must be a checkpoint, got a TorchScript archive. Save its state_dict instead."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whole modules, or damaged: the inert reader tells which
@@ -107,32 +129,50 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _is_torchscript(path: Path) -> bool:
+    """Asked of the reader that `torch.load` uses, which would run the archive."""
+    try:
+        return "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+    except RuntimeError:  # no zip archive
+        return False
+
+
 def _named_tensors(content) -> dict[str, Tensor]:
-    """Flatten state dicts, checkpoints that wrap one, and stubs of modules."""
-    if isinstance(content, InertStub):
-        return _module_tensors(content)
-    if not isinstance(content, dict):
-        return {}
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    if tensors:
-        return tensors
-    for key in ("ema", "state_dict", "model", *content):
-        found = _named_tensors(content.get(key))
-        if found:
-            return found
+    """Tensors of the first part that has any: state dicts, checkpoints that wrap one, stubs of modules.
+
+    Loops instead of recursion, and each part once: the nesting is a stranger's choice.
+    """
+    pending, seen = [content], set()
+    while pending:
+        part = pending.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        tensors: dict[str, Tensor] = {}
+        if isinstance(part, InertStub):
+            tensors = _module_tensors(part)
+        elif isinstance(part, dict):
+            tensors = {str(key): value for key, value in part.items() if isinstance(value, Tensor)}
+            first = [part[key] for key in ("ema", "state_dict", "model") if key in part]
+            pending += reversed([*first, *part.values()])
+        if tensors:
+            return tensors
     return {}
 
 
-def _module_tensors(stub: InertStub, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+def _module_tensors(module: InertStub) -> dict[str, Tensor]:
+    """Named tensors of a module and its children; a child that has two names is read under one of them."""
+    pending, seen = [("", module)], set()
     tensors: dict[str, Tensor] = {}
-    if depth > 50:
-        return tensors
-    state = vars(stub)
-    for group in ("_parameters", "_buffers"):
-        for name, value in (state.get(group) or {}).items():
-            if isinstance(value, Tensor):
-                tensors[prefix + name] = value.detach()
-    for name, child in (state.get("_modules") or {}).items():
-        if isinstance(child, InertStub):
-            tensors |= _module_tensors(child, f"{prefix}{name}.", depth + 1)
+    while pending:
+        prefix, stub = pending.pop()
+        if not isinstance(stub, InertStub) or id(stub) in seen:
+            continue
+        seen.add(id(stub))
+        state = vars(stub)
+        for group in ("_parameters", "_buffers"):
+            for name, value in state.get(group, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{prefix}{name}"] = value.detach()
+        pending += [(f"{prefix}{name}.", child) for name, child in state.get("_modules", {}).items()]
     return tensors

@@ -31,7 +31,7 @@ from madad.training import Trainer
 BACKGROUND = -1.0  # of a network image
 STRUCTURE_SCALES = (1, 2, 4)
 COMPONENT_SLICES = 256
-LATENT_FEATURES = "latent_shift_", "latent_scale_"
+LATENT_STATISTICS = ("latent_shift_", "latent_scale_")
 
 
 class SliceEstimator(BaseEstimator):
@@ -293,7 +293,7 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         return self.network_.decode(z / scale + shift)[..., :height, :width]
 
     def _shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        as_column = (torch.as_tensor(getattr(self, name)).to(like.device) for name in LATENT_FEATURES)
+        as_column = (torch.as_tensor(getattr(self, name)).to(like.device) for name in LATENT_STATISTICS)
         shift, scale = (value[:, None, None] for value in as_column)
         return shift, scale
 

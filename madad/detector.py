@@ -18,13 +18,33 @@ from madad._random import spawn_seeds
 from madad._tensors import resolve_device, state_from_numpy, state_to_numpy
 from madad._validation import SliceStack
 from madad.anomaly_map import pool_map
-from madad.autoencoding import LatentAutoencoder, SliceEstimator
+from madad.autoencoding import LATENT_STATISTICS, LatentAutoencoder, SliceEstimator
+from madad.checkpoint import from_json, read_model, to_json, write_model
 from madad.denoising import OBJECTIVE_KNOBS, train_denoiser
-from madad.diffusion import MaskedDDIM, NoiseSchedule
-from madad.nn import MaskedUNet
+from madad.diffusion import ForeignLatents, GaussianNoise, MaskedDDIM, Mixture, NoiseSchedule, SmoothOffset
+from madad.nn import AutoencoderConfig, AutoencoderKL, MaskedUNet, UNetConfig
 from madad.presets import INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
 from madad.restoration import RestoredBatch, maps_of, restore_batches
 from madad.training import Trainer
+
+FITTED_AUTOENCODER = ("n_features_in_", "image_shape_", "intensity_range_", "history_")
+FITTED = (*FITTED_AUTOENCODER, "preset_", "sampler_seed_", "n_timesteps_")
+CALIBRATED = ("offset_", "map_threshold_", "calibrated_with_")
+NOT_SAVED = {"memory": None, "device": "auto", "verbose": False}
+SAVED_CLASSES = {
+    allowed.__name__: allowed
+    for allowed in (
+        LatentAutoencoder,
+        Trainer,
+        AutoencoderConfig,
+        UNetConfig,
+        GaussianNoise,
+        ForeignLatents,
+        SmoothOffset,
+        Mixture,
+    )
+}
+SAVED_CLASSES["FrozenEstimator"] = FrozenEstimator
 
 
 class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
@@ -317,6 +337,90 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         """`fit`, then `predict` of the same slices."""
         return self.fit(X, y, brain_mask=brain_mask, groups=groups).predict(X, brain_mask=brain_mask)
 
+    def save(self, path) -> None:
+        """Write the fitted detector to a directory: JSON and safetensors, no pickle, no device.
+
+        ``memory``, a `RandomState` and the device are not saved; an own ``nn.Module`` as denoiser cannot
+        be (pickle the estimator with joblib then).
+
+        Raises
+        ------
+        FileExistsError
+            If ``path`` holds something other than a model.
+        TypeError
+            If a parameter is of a kind that a file cannot hold.
+        """
+        check_is_fitted(self)
+        if not isinstance(self.denoiser_, MaskedUNet):
+            raise TypeError(
+                f"denoiser must be a MaskedUNet to be saved, got {type(self.denoiser_).__name__}. "
+                f"Pickle the estimator with joblib instead."
+            )
+        autoencoder = self.autoencoder_
+        config = {
+            "class": type(self).__name__,
+            "parameters": _parameters_to_json(self),
+            "fitted": {name: to_json(getattr(self, name)) for name in FITTED},
+            "denoiser": to_json(self.denoiser_.config),
+            "autoencoder": {
+                "parameters": _parameters_to_json(autoencoder),
+                "fitted": {name: to_json(getattr(autoencoder, name)) for name in FITTED_AUTOENCODER},
+                "network": to_json(autoencoder.config_),
+            },
+        }
+        latents = {name: getattr(autoencoder, name) for name in LATENT_STATISTICS}
+        tensors = {
+            "autoencoder": state_to_numpy(autoencoder.network_) | latents,
+            "denoiser": state_to_numpy(self.denoiser_),
+        }
+        calibration = {name: to_json(getattr(self, name)) for name in CALIBRATED}
+        write_model(path, config, calibration, tensors)
+
+    @classmethod
+    def load(cls, path) -> MaskedDiffusionAnomalyDetector:
+        """Read what `save` wrote; works on any device (``device="auto"``).
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If something is missing, damaged, of a newer format, or no detector. Nothing in the files is
+            executed.
+        """
+        config, calibration, tensors = read_model(path, ("autoencoder", "denoiser"))
+        if config.get("class") != cls.__name__:
+            raise ValueError(f"{path} must hold a {cls.__name__}, got {config.get('class')!r}. Load it as that.")
+        try:
+            return cls._from_parts(config, calibration, tensors)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} must hold the config and tensors that save() wrote, got parts that do not fit "
+                f"({type(error).__name__}: {error}). Save the model again."
+            ) from error
+
+    @classmethod
+    def _from_parts(cls, config: dict, calibration: dict, tensors: dict) -> MaskedDiffusionAnomalyDetector:
+        saved = config["autoencoder"]
+        autoencoder = LatentAutoencoder(**from_json(saved["parameters"], SAVED_CLASSES))
+        arrays = tensors["autoencoder"]
+        for name in LATENT_STATISTICS:
+            setattr(autoencoder, name, arrays.pop(name))
+        for name in FITTED_AUTOENCODER:
+            setattr(autoencoder, name, from_json(saved["fitted"][name], SAVED_CLASSES))
+        network = AutoencoderKL(from_json(saved["network"], SAVED_CLASSES))
+        autoencoder.network_ = state_from_numpy(network, arrays).eval()
+
+        detector = cls(**from_json(config["parameters"], SAVED_CLASSES))
+        if isinstance(detector.autoencoder, FrozenEstimator):
+            detector.autoencoder = FrozenEstimator(autoencoder)
+        detector.autoencoder_ = autoencoder
+        denoiser = MaskedUNet(from_json(config["denoiser"], SAVED_CLASSES))
+        detector.denoiser_ = state_from_numpy(denoiser, tensors["denoiser"]).eval()
+        for name in FITTED:
+            setattr(detector, name, from_json(config["fitted"][name], SAVED_CLASSES))
+        for name in CALIBRATED:
+            setattr(detector, name, from_json(calibration[name], SAVED_CLASSES))
+        return detector
+
     def _value_of(self, name: str):
         """A parameter, or what the preset has where it is None."""
         value = getattr(self, name)
@@ -447,3 +551,15 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
 def _fit_autoencoder(autoencoder: LatentAutoencoder, stack: SliceStack, *, verbose: bool) -> LatentAutoencoder:
     """The first stage as a function of its inputs, so that it can be cached."""
     return autoencoder.set_params(verbose=verbose).fit_stack(stack)
+
+
+def _parameters_to_json(estimator) -> dict:
+    """Constructor parameters for ``config.json``, without what belongs to one machine or one run."""
+    parameters = estimator.get_params(deep=False)
+    if isinstance(parameters.get("autoencoder"), FrozenEstimator):
+        parameters["autoencoder"] = FrozenEstimator(None)  # the fitted one is saved beside it
+    if isinstance(parameters.get("denoiser"), MaskedUNet):
+        parameters["denoiser"] = parameters["denoiser"].config
+    if isinstance(parameters["random_state"], np.random.RandomState):
+        parameters["random_state"] = None
+    return to_json(parameters | {name: value for name, value in NOT_SAVED.items() if name in parameters})

@@ -57,7 +57,7 @@ def load_original_unet(path, *, n_heads: int | None = None) -> MaskedUNet:
     tensors = _without_prefix(_read(path), "module.")
     _require(tensors, "input_blocks.0.0.weight", path)
     base, latent_channels = tensors["input_blocks.0.0.weight"].shape[:2]
-    widths, n_res_blocks, attention_levels = _original_levels(tensors)
+    widths, n_res_blocks, attention_levels = _original_levels(tensors, path)
     config = UNetConfig(
         latent_channels=latent_channels,
         base_channels=base,
@@ -66,6 +66,7 @@ def load_original_unet(path, *, n_heads: int | None = None) -> MaskedUNet:
         attention_levels=attention_levels,
         n_heads=n_heads or ORIGINAL_HEADS.get(base, 4),
     )
+    network = MaskedUNet(config)
     renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
         ours = _original_name(name, n_res_blocks)
@@ -74,7 +75,7 @@ def load_original_unet(path, *, n_heads: int | None = None) -> MaskedUNet:
         if ".attention." in ours and ours.endswith("weight") and value.ndim == 3:
             value = value[..., None]  # 1-d convolutions over tokens
         renamed[ours] = -value if ours.startswith("noise_head.conv.") else value
-    return _fill(MaskedUNet(config), renamed, path)
+    return _fill(network, renamed, path)
 
 
 def load_compvis_autoencoder(path) -> AutoencoderKL:
@@ -156,6 +157,8 @@ def _autoencoder(tensors: dict[str, Tensor], rules, n_levels: int, path) -> Auto
         for name, value in renamed.items()
     }
     fused = _fuse_qkv(resampled)
+    for name in ["encoder.head.conv.weight", *(f"encoder.levels.{i}.0.conv1.weight" for i in range(n_levels))]:
+        _require(fused, name, path)
     base, image_channels = fused["encoder.stem.conv.weight"].shape[:2]
     widths = [fused[f"encoder.levels.{i}.0.conv1.weight"].shape[0] for i in range(n_levels)]
     config = AutoencoderConfig(
@@ -191,7 +194,7 @@ def _fuse_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return fused
 
 
-def _original_levels(tensors: dict[str, Tensor]) -> tuple[list[int], int, tuple[int, ...]]:
+def _original_levels(tensors: dict[str, Tensor], path) -> tuple[list[int], int, tuple[int, ...]]:
     """Widths, residual blocks per level and levels with attention of the original U-Net's way down."""
     widths, attention, blocks = [], [], 0
     n_blocks = 1 + max(int(m[1]) for name in tensors if (m := re.match(r"input_blocks\.(\d+)\.", name)))
@@ -199,6 +202,7 @@ def _original_levels(tensors: dict[str, Tensor]) -> tuple[list[int], int, tuple[
         if f"input_blocks.{k}.0.op.weight" in tensors:
             continue
         if k == 1 or f"input_blocks.{k - 1}.0.op.weight" in tensors:
+            _require(tensors, f"input_blocks.{k}.0.in_layers.2.weight", path)
             widths.append(tensors[f"input_blocks.{k}.0.in_layers.2.weight"].shape[0])
             if f"input_blocks.{k}.1.qkv.weight" in tensors:
                 attention.append(len(widths) - 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from madad.diffusion.masking import smooth_field
@@ -62,23 +63,38 @@ class SmoothOffset:
         Standard deviation of the noise added to the moved tissue.
     flatten : float
         Largest share by which the tissue's own texture is replaced by zero, the mean of healthy latents.
+    tissue_share : float
+        Probability that the direction is one in which tissues differ from each other (the difference of two
+        latents averaged over 5 x 5 positions, either sign) instead of a random one. Averaging leaves what
+        an intensity shift moves and takes out texture.
     """
 
     magnitude: tuple[float, float] = (0.5, 3.0)
     noise: float = 0.2
     flatten: float = 1.0
+    tissue_share: float = 0.7
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
         """``z0``, flattened towards zero, plus a slowly varying offset and little noise."""
         n, c, h, w = z0.shape
-        direction = torch.randn(n, c, 1, 1, generator=generator)
-        direction = direction * (c**0.5 / direction.norm(dim=1, keepdim=True))
+        direction = torch.randn(n, c, 1, 1, generator=generator).to(z0)
+        by_tissue = torch.rand(n, 1, 1, 1, generator=generator) < self.tissue_share
+        direction = torch.where(by_tissue.to(z0.device), self._between_tissues(z0, generator), direction)
+        direction = direction * (c**0.5 / direction.norm(dim=1, keepdim=True).clamp_min(1e-6))
         low, high = self.magnitude
         length = low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
         slow = 1 + 0.3 * smooth_field(n, 1, h, w, generator)
         noise = self.noise * torch.randn(z0.shape, generator=generator)
         kept = 1 - self.flatten * torch.rand(n, 1, 1, 1, generator=generator)
-        return kept.to(z0) * z0 + (direction * length * slow + noise).to(z0)
+        return kept.to(z0) * z0 + direction * (length * slow).to(z0) + noise.to(z0)
+
+    def _between_tissues(self, z0: Tensor, generator: torch.Generator) -> Tensor:
+        """Differences of the averaged latents at two random places of each sample, (n, c, 1, 1)."""
+        n, c, h, w = z0.shape
+        averaged = F.avg_pool2d(z0, 5, stride=1, padding=2, count_include_pad=False).flatten(2)
+        places = torch.randint(0, h * w, (2, n), generator=generator)
+        here, there = (averaged[torch.arange(n), :, place] for place in places)
+        return (here - there)[:, :, None, None]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,10 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from madad.datasets import load_slices
-from madad.mri.intensity import FOREGROUND_FLOOR
+from sklearn.utils import Bunch
 
-DATA = Path(os.environ.get("MADAD_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+from madad.datasets import crop_to_brain, load_slices
+from madad.mri.intensity import FOREGROUND_FLOOR
 
 
 def disc(shape, center, radius):
@@ -184,10 +181,8 @@ def test_files_that_are_no_npz_are_named(tmp_path):
         ),
     ],
 )
-def test_real_slices(name, arguments):
-    if not (DATA / name).exists():
-        pytest.skip(f"no real scans: {DATA / name} is missing (set MADAD_DATA)")
-    data = load_slices(DATA / name, **arguments)
+def test_real_slices(name, arguments, data_dir):
+    data = load_slices(data_dir / name, **arguments)
     np.testing.assert_array_equal(data.images > 0, data.brain_masks)
     assert data.images.max() <= 1 and data.modality == "T1"
     assert data.has_lesion_masks == ("brats" in name) == data.lesion_masks.any()
@@ -196,3 +191,24 @@ def test_real_slices(name, arguments):
         assert np.median(data.images[of_subject][data.brain_masks[of_subject]]) == pytest.approx(
             0.4, abs=0.04
         )
+
+
+def test_crop_to_brain_centres_every_brain_and_keeps_its_pixels():
+    images = np.zeros((2, 40, 40), np.float32)
+    images[0, 3:13, 20:26] = 0.5
+    images[1, 25:40, 0:9] = np.linspace(0.1, 0.9, 15 * 9).reshape(15, 9)
+    data = Bunch(images=images, brain_masks=images > 0, subjects=np.array(["a", "b"]))
+    cropped = crop_to_brain(data, (20, 12))
+    assert cropped.images.shape == cropped.brain_masks.shape == (2, 20, 12)
+    for before, after, mask in zip(images, cropped.images, cropped.brain_masks, strict=True):
+        np.testing.assert_array_equal(np.sort(before[before > 0]), np.sort(after[after > 0]))
+        np.testing.assert_array_equal(mask, after > 0)
+        rows, columns = np.nonzero(mask)
+        assert abs((rows.min() + rows.max()) - 19) <= 1 and abs((columns.min() + columns.max()) - 11) <= 1
+    assert cropped.subjects is data.subjects
+
+
+def test_crop_to_brain_refuses_to_cut():
+    images = np.ones((1, 10, 10), np.float32)
+    with pytest.raises(ValueError, match=r"shape must hold every brain, got \(8, 12\).*needs 10"):
+        crop_to_brain(Bunch(images=images, brain_masks=images > 0), (8, 12))

@@ -1,0 +1,27 @@
+"""Areas under curves over all thresholds, from the pixels of all slices."""
+
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from madad.metrics._pixels import Pixels, validated
+
+
+def auprc(lesion_masks: ArrayLike, anomaly_maps: ArrayLike, brain_masks: ArrayLike | None = None) -> float:
+    """Average precision (0..1) over the pixels of all slices; there must be lesion and healthy pixels."""
+    pixels = validated(lesion_masks, anomaly_maps, brain_masks, needs_lesion=True)
+    return float(average_precision_score(*_two_classes(pixels)))
+
+
+def auroc(lesion_masks: ArrayLike, anomaly_maps: ArrayLike, brain_masks: ArrayLike | None = None) -> float:
+    """Area under the ROC curve (0..1) over the pixels of all slices; otherwise as `auprc`."""
+    pixels = validated(lesion_masks, anomaly_maps, brain_masks, needs_lesion=True)
+    return float(roc_auc_score(*_two_classes(pixels)))
+
+
+def _two_classes(pixels: Pixels) -> tuple[NDArray, NDArray]:
+    """Truth and score of all brain pixels, (n_brain_pixels,)."""
+    lesion = pixels.lesion[pixels.brain]
+    if lesion.all():
+        got = f"lesion in all {lesion.size} pixels"
+        raise ValueError(f"lesion_masks must leave healthy pixels, got {got}. Check the masks' polarity.")
+    return lesion, pixels.score[pixels.brain]

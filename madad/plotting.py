@@ -1,0 +1,85 @@
+"""Figures. matplotlib is imported when one is drawn (extra ``plot``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+
+def summary_figure(
+    path,
+    *,
+    images: np.ndarray,
+    restored: np.ndarray,
+    anomaly_maps: np.ndarray,
+    lesion_masks: np.ndarray,
+    titles: list[str] | None = None,
+    map_range: tuple[float, float] | None = None,
+) -> Path:
+    """Draw input, restored, map and truth, one row per slice, with one colour scale for all maps.
+
+    Parameters
+    ----------
+    path : path-like
+        PNG to write; it appears whole or not at all.
+    images, restored : ndarray of shape (n, H, W), in 0..1
+    anomaly_maps : ndarray of shape (n, H, W)
+    lesion_masks : ndarray of shape (n, H, W), bool
+        Outlined on the map, filled on the input.
+    titles : list of str, optional
+        One per row.
+    map_range : (float, float), optional
+        Limits of the colour scale; None = 0 to the 99.9th percentile of the maps shown.
+
+    Returns
+    -------
+    Path
+    """
+    plt = _matplotlib()
+    n = len(images)
+    low, high = map_range or (0.0, max(float(np.quantile(anomaly_maps, 0.999)), 1e-6))
+    figure, axes = plt.subplots(n, 4, figsize=(8.4, 2.05 * n + 0.5), squeeze=False, layout="constrained")
+    for row in range(n):
+        grey = {"cmap": "gray", "vmin": 0.0, "vmax": max(float(images[row].max()), 0.5)}
+        axes[row, 0].imshow(images[row], **grey)
+        axes[row, 1].imshow(restored[row], **grey)
+        coloured = axes[row, 2].imshow(anomaly_maps[row], cmap="inferno", vmin=low, vmax=high)
+        axes[row, 3].imshow(images[row], **grey)
+        if lesion_masks[row].any():
+            for axis in axes[row, 2:]:
+                axis.contour(lesion_masks[row], levels=[0.5], colors="cyan", linewidths=0.8)
+        if titles is not None:
+            axes[row, 0].set_ylabel(titles[row], fontsize=7)
+    for axis, name in zip(axes[0], ("input", "restored", "anomaly map", "truth")):
+        axis.set_title(name, fontsize=9)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.colorbar(coloured, ax=axes[:, 2], orientation="horizontal", shrink=0.9, aspect=25, pad=0.01)
+    return _save(figure, plt, Path(path))
+
+
+def _matplotlib():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            'matplotlib must be installed to draw figures, got no such package. '
+            'Run: pip install "madad[plot]"'
+        ) from error
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, plt, path: Path) -> Path:
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(scratch, dpi=110, format=path.suffix.removeprefix(".") or "png")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+        plt.close(figure)
+    return path

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from madad import metrics
+from madad.metrics._pixels import validated
+from madad.metrics.bootstrap import auprc_interval
+
+
+def test_bootstrap_interval_contains_the_mean_and_follows_the_seed():
+    values = np.random.default_rng(0).random(40)
+    low, high = metrics.bootstrap_ci(values)
+    assert low < values.mean() < high
+    assert metrics.bootstrap_ci(values) == (low, high)
+    assert metrics.bootstrap_ci(values, random_state=1) != (low, high)
+    narrow = metrics.bootstrap_ci(values, confidence=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_bootstrap_of_independent_values_agrees_with_the_normal_approximation():
+    values = np.random.default_rng(1).normal(size=400)
+    low, high = metrics.bootstrap_ci(values, n_resamples=4000)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / np.sqrt(400), rel=0.06)
+
+
+def test_slices_of_one_subject_make_the_interval_wider():
+    rng = np.random.default_rng(2)
+    subjects = np.repeat([f"sub-{i:02d}" for i in range(10)], 12)
+    values = np.repeat(rng.normal(size=10), 12) + 0.1 * rng.normal(size=120)
+    low, high = metrics.bootstrap_ci(values)
+    low_by_subject, high_by_subject = metrics.bootstrap_ci(values, subjects)
+    assert high_by_subject - low_by_subject > 2 * (high - low)
+    assert low_by_subject < values.mean() < high_by_subject
+
+
+def test_bootstrap_by_subject_equals_a_loop_over_the_same_draws():
+    rng = np.random.default_rng(3)
+    values, subjects = rng.random(9), np.array([5, 5, 5, 2, 2, 9, 9, 9, 9])
+    draws = np.random.RandomState(7).multinomial(3, np.full(3, 1 / 3), size=50)
+    means = []
+    for draw in draws:
+        chosen = np.repeat([2, 5, 9], draw)
+        means.append(np.concatenate([values[subjects == subject] for subject in chosen]).mean())
+    expected = np.quantile(means, [0.05, 0.95])
+    interval = metrics.bootstrap_ci(values, subjects, n_resamples=50, confidence=0.9, random_state=7)
+    np.testing.assert_allclose(interval, expected)
+
+
+def test_bootstrap_leaves_out_nan_and_is_undefined_for_one_subject():
+    values, subjects = [0.1, np.nan, 0.3, np.nan, 0.7], ["a", "a", "b", "c", "d"]
+    assert metrics.bootstrap_ci(values, subjects) == metrics.bootstrap_ci([0.1, 0.3, 0.7])
+    assert np.isnan(metrics.bootstrap_ci([0.1, 0.2], ["a", "a"])).all()
+    assert np.isnan(metrics.bootstrap_ci([np.nan])).all()
+
+
+def test_quantised_auprc_interval_stays_close_to_the_exact_one():
+    rng = np.random.default_rng(0)
+    lesion_masks = rng.random((10, 60, 60)) < 0.1
+    anomaly_maps = rng.normal(size=lesion_masks.shape) + 1.5 * lesion_masks
+    pixels = validated(lesion_masks, anomaly_maps, None)
+    exact = auprc_interval(pixels, np.arange(10), 0)
+    coarse = auprc_interval(pixels, np.arange(10), 0, n_levels=300)
+    np.testing.assert_allclose(coarse, exact, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda lesions, maps: metrics.bootstrap_ci([[1.0]]),
+            "values must be a 1-d finite array, got shape (1, 1)",
+        ),
+        (
+            lambda lesions, maps: metrics.bootstrap_ci([np.inf, 1]),
+            "values must be a 1-d finite array, got inf",
+        ),
+        (lambda lesions, maps: metrics.bootstrap_ci([1, 2], [1]), "subjects must have shape (2,), got (1,)"),
+        (
+            lambda lesions, maps: metrics.bootstrap_ci([1, 2], n_resamples=0),
+            "n_resamples must be at least 1, got 0",
+        ),
+        (
+            lambda lesions, maps: metrics.bootstrap_ci([1, 2], confidence=95),
+            "confidence must lie between ... got 95",
+        ),
+    ],
+)
+def test_wrong_values_raise_value_errors(call, message, random_case, as_pattern):
+    lesions, maps, _ = random_case(0)
+    with pytest.raises(ValueError, match=as_pattern(message)):
+        call(lesions, maps)
