@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 MAX_BATCH = 32
 PIXELS_PER_BATCH = 2**20
@@ -83,7 +86,7 @@ def inference(*modules: nn.Module) -> Iterator[None]:
         with torch.inference_mode():
             yield
     finally:
-        for module, training in zip(modules, modes):
+        for module, training in zip(modules, modes, strict=True):
             module.train(training)
 
 
@@ -92,7 +95,7 @@ def state_to_numpy(module: nn.Module) -> dict[str, np.ndarray]:
     return {name: value.detach().cpu().numpy() for name, value in module.state_dict().items()}
 
 
-def state_from_numpy(module: nn.Module, state: dict[str, np.ndarray]) -> nn.Module:
+def state_from_numpy(module: Module, state: dict[str, np.ndarray]) -> Module:
     """Fill a module with what `state_to_numpy` gave, strictly."""
     module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in state.items()})
     return module

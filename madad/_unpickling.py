@@ -13,7 +13,6 @@ import torch._utils
 from torch import Tensor
 
 
-
 def _rebuild_tensor(*args):
     return torch._utils._rebuild_tensor_v2(*args)
 
@@ -30,17 +29,14 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch", "Size"): torch.Size,
 }
-_ALLOWED |= {
-    ("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
-}
+_ALLOWED |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 
 _MODULE_STATE = ("_parameters", "_buffers", "_modules")
 
 
 class InertStub:
-    """Stands for an object of any class: takes whatever it is built from, keeps a module's tensors and
-    children, does nothing."""
+    """Stands for an object of any class: keeps a module's tensors and children, forgets the rest."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -50,7 +46,8 @@ class InertStub:
 
     def __setstate__(self, state):
         if isinstance(state, dict):
-            self.__dict__.update({key: state[key] for key in _MODULE_STATE if isinstance(state.get(key), dict)})
+            kept = {key: state.get(key) for key in _MODULE_STATE}
+            vars(self).update({key: value for key, value in kept.items() if isinstance(value, dict)})
 
     def __call__(self, *args, **kwargs):
         return InertStub()
@@ -59,10 +56,10 @@ class InertStub:
         """Take an item of a pickled dict subclass, and forget it."""
 
     def append(self, value):
-        """Take a list item of a pickled list subclass, and forget it."""
+        """Take an item of a pickled list or set, and forget it."""
 
     def extend(self, values):
-        """Take list items of a pickled list subclass, and forget them."""
+        """Take items of a pickled list, and forget them."""
 
     add = append
 
@@ -115,9 +112,7 @@ def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whole modules, or damaged: the inert reader tells which
         try:
-            content = torch.load(
-                path, map_location="cpu", pickle_module=_INERT_PICKLE, weights_only=False
-            )
+            content = torch.load(path, map_location="cpu", pickle_module=_INERT_PICKLE, weights_only=False)
         except Exception as error:
             raise ValueError(
                 f"{path} must be a PyTorch checkpoint, got a file that cannot be read "

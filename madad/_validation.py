@@ -36,7 +36,7 @@ class SliceStack:
     rows: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.values) if self.rows is None else len(self.rows)
+        return len(self.values if self.rows is None else self.rows)
 
     @property
     def is_flat(self) -> bool:
@@ -58,15 +58,15 @@ class SliceStack:
         return values.reshape(-1, *self.image_shape)
 
     def brain(self, index) -> np.ndarray:
-        """bool (len(index), 1, H, W)."""
+        """Brain masks: bool (len(index), 1, H, W)."""
         _, height, width = self.image_shape
         if self.brain_mask is not None:
             chosen = self._take(self.brain_mask, index).astype(bool)
             return _fold(chosen.reshape(len(chosen), -1), height * width).reshape(-1, 1, height, width)
-        values = self._take(self.values, index) > 0
+        values = np.asarray(self._take(self.values, index) > 0)
         if self.is_flat:
             values = _fold(values, math.prod(self.image_shape))
-        return values.reshape(-1, *self.image_shape).any(axis=1, keepdims=True)
+        return np.asarray(values.reshape(-1, *self.image_shape).any(axis=1, keepdims=True))
 
     def unfold(self, maps: np.ndarray) -> np.ndarray:
         """Maps (n, H, W) in the layout the samples came in: flat rows for flat samples."""
@@ -94,7 +94,7 @@ def check_slices(
         What a flat row is folded to.
     intensity_range : (float, float) or "data"
         What is mapped to 0..1. Values outside raise. uint8 and uint16 arrays have their type's range
-        instead of (0, 1). ``"data"`` takes the smallest and largest value of ``X`` and lets later data exceed it.
+        instead of (0, 1). ``"data"`` takes the smallest and largest value of ``X``; later data may exceed it.
     brain_mask : array-like of bool, optional
         True = brain; shape of ``X`` without channels.
 
@@ -136,11 +136,6 @@ def check_slices(
     return SliceStack(values, shape, (float(intensity_range[0]), float(intensity_range[1])), mask)
 
 
-def check_finite(stack: SliceStack, input_name: str = "X") -> None:
-    """Refuse NaN and infinity, chunk by chunk."""
-    _data_range(stack.values, input_name)
-
-
 def as_numpy(X) -> np.ndarray:
     """An array or tensor as an array; memory maps and device tensors included."""
     if hasattr(X, "detach"):  # a torch tensor, without importing torch
@@ -169,8 +164,8 @@ def _as_array(X, name: str) -> np.ndarray:
 
 def _image_shape(values: np.ndarray, image_shape, name: str) -> tuple[int, int, int]:
     if values.ndim > 2:
-        found = (1, *values.shape[1:])[-3:]
-        wanted = None if image_shape is None else (1, *image_shape)[-3:]
+        found = _with_channels(values.shape[1:])
+        wanted = None if image_shape is None else _with_channels(image_shape)
         if wanted is not None and wanted != found:
             raise ValueError(
                 f"image_shape must agree with {name}, got {tuple(image_shape)} and {name} of shape "
@@ -181,13 +176,18 @@ def _image_shape(values: np.ndarray, image_shape, name: str) -> tuple[int, int, 
     if image_shape is None:
         side = math.isqrt(n_features - 1) + 1  # rounded up
         return 1, side, side
-    folded = (1, *(int(side) for side in image_shape))[-3:]
+    folded = _with_channels(image_shape)
     if math.prod(folded) != n_features:
         raise ValueError(
             f"image_shape must hold as many pixels as {name} has features, got {tuple(image_shape)} for "
             f"{n_features} features. Give (height, width) or (channels, height, width)."
         )
     return folded
+
+
+def _with_channels(shape) -> tuple[int, int, int]:
+    channels, height, width = (1, *(int(side) for side in shape))[-3:]
+    return channels, height, width
 
 
 def _chunks(values: np.ndarray):

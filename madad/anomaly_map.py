@@ -113,7 +113,7 @@ def pool_map(anomaly_map: np.ndarray, brain_mask: np.ndarray, top_share: float =
     ndarray of shape (n,), float64; 0 for slices without brain.
     """
     scores = np.zeros(len(anomaly_map))
-    for i, (values, brain) in enumerate(zip(anomaly_map, brain_mask)):
+    for i, (values, brain) in enumerate(zip(anomaly_map, brain_mask, strict=True)):
         inside = values[brain]
         if inside.size:
             k = max(1, round(top_share * inside.size))

@@ -322,7 +322,7 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
     def _estimate_latent_scale(self, stack: SliceStack) -> None:
         """Zero mean and unit variance per channel, over the latent positions that hold brain."""
         device = self._to_device()
-        count, total, squares = 0.0, 0.0, 0.0
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
         with inference(self.network_):
             for index, n_valid in fixed_batches(len(stack), self.batch_size_of()):
                 mean = self.network_.encode(self.pad(to_network(stack.images(index), device))).mean[:n_valid]

@@ -34,7 +34,8 @@ def intensity_maps(
     elif tail == "dark":
         raw = 1.0 - images
     else:
-        centres = [np.median(x[brain]) if brain.any() else 0.0 for x, brain in zip(images, brain_masks)]
+        pairs = zip(images, brain_masks, strict=True)
+        centres = [np.median(x[brain]) if brain.any() else 0.0 for x, brain in pairs]
         raw = np.abs(images - np.asarray(centres, np.float32)[:, None, None])
     return finish_map(raw.astype(np.float32), brain_masks, smoothing_px)
 

@@ -179,19 +179,27 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} must exist, got no such file. The model is incomplete: save it again.")
+        raise FileNotFoundError(
+            f"{path} must exist, got no such file. The model is incomplete: save it again."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be JSON, got a damaged file ({error}). Save the model again.") from error
+        raise ValueError(
+            f"{path} must be JSON, got a damaged file ({error}). Save the model again."
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}. Save the model again.")
+        raise ValueError(
+            f"{path} must hold a JSON object, got {type(content).__name__}. Save the model again."
+        )
     return content
 
 
 def _read_tensors(path: Path) -> Tensors:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} must exist, got no such file. The model is incomplete: save it again.")
+        raise FileNotFoundError(
+            f"{path} must exist, got no such file. The model is incomplete: save it again."
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:

@@ -15,12 +15,14 @@ import numpy as np
 from sklearn.model_selection import GroupShuffleSplit
 from sklearn.utils import Bunch
 
-import madad
+from madad._version import __version__
+from madad.autoencoding import LatentAutoencoder
 from madad.baselines import TAILS, intensity_maps, residual_maps
 from madad.datasets import load_slices, make_brain_slices
 from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.metrics import auprc, evaluate_maps
 from madad.plotting import summary_figure
+from madad.training import Trainer
 
 N_TRAIN, N_TEST, N_SHOWN = 300, 60, 8
 SLICES_PER_SUBJECT = 2
@@ -39,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="madad", description=madad.__doc__)
-    parser.add_argument("--version", action="version", version=f"madad {madad.__version__}")
+    parser = argparse.ArgumentParser(
+        prog="madad", description="Anomaly detection in brain MRI, trained on healthy slices."
+    )
+    parser.add_argument("--version", action="version", version=f"madad {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
@@ -54,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--size", type=int, default=64, help="height and width of the slices in pixels")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    demo.add_argument("--max-time", type=float, help="seconds for each training stage, instead of the preset's")
+    demo.add_argument(
+        "--max-time", type=float, help="seconds for each training stage, instead of the preset's"
+    )
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.set_defaults(run=run_demo)
     return parser
@@ -102,7 +108,7 @@ def run_demo(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "preset": detector.preset_,
         "brain_mask": "maps and truth are restricted to the brain mask",
-        "version": madad.__version__,
+        "version": __version__,
     }
     _write_text(options.out / "metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     print(_table(methods))
@@ -112,8 +118,8 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def _time_bound(max_time: float) -> dict:
     """Parameters that bound both stages by wall-clock time."""
-    trainer = madad.Trainer(10**6, max_time=max_time)
-    return {"autoencoder": madad.LatentAutoencoder(trainer=trainer), "trainer": trainer}
+    trainer = Trainer(10**6, max_time=max_time)
+    return {"autoencoder": LatentAutoencoder(trainer=trainer), "trainer": trainer}
 
 
 def _generated(options: argparse.Namespace) -> tuple[Bunch, Bunch]:
@@ -162,7 +168,9 @@ def _baselines(detector: MaskedDiffusionAnomalyDetector, train: Bunch, test: Bun
     """Both baselines; intensity has its better tail, chosen on the test set in its favour."""
 
     def tail_auprc(tail: str) -> float:
-        return auprc(test.lesion_masks, intensity_maps(test.images, test.brain_masks, tail=tail), test.brain_masks)
+        return auprc(
+            test.lesion_masks, intensity_maps(test.images, test.brain_masks, tail=tail), test.brain_masks
+        )
 
     best = max(TAILS, key=tail_auprc)
 
@@ -202,7 +210,7 @@ def _write_scores(path: Path, test: Bunch, scores: np.ndarray, offset: float) ->
     with open(scratch, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["slice", "subject", "score", "decision", "prediction", "lesion_px"])
-        for i, (subject, score) in enumerate(zip(test.subjects, scores)):
+        for i, (subject, score) in enumerate(zip(test.subjects, scores, strict=True)):
             decision = score - offset
             row = [i, subject, f"{score:.6f}", f"{decision:.6f}", -1 if decision < 0 else 1]
             writer.writerow([*row, int(test.lesion_masks[i].sum())])

@@ -79,7 +79,7 @@ def cache_latents(autoencoder, stack: SliceStack, *, flip: bool) -> LatentCache:
                 mean, logvar = autoencoder.encode(autoencoder.pad(to_network(images, device)))
                 fraction = autoencoder.brain_fraction(brain, device)
                 parts.append([part[:n_valid].float().clone() for part in (mean, logvar, fraction)])
-    return LatentCache(*(torch.cat(column) for column in zip(*parts)))
+    return LatentCache(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def train_denoiser(

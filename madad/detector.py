@@ -31,7 +31,7 @@ FITTED_AUTOENCODER = ("n_features_in_", "image_shape_", "intensity_range_", "his
 FITTED = (*FITTED_AUTOENCODER, "preset_", "sampler_seed_", "n_timesteps_")
 CALIBRATED = ("offset_", "map_threshold_", "calibrated_with_")
 NOT_SAVED = {"memory": None, "device": "auto", "verbose": False}
-SAVED_CLASSES = {
+SAVED_CLASSES: dict[str, type] = {
     allowed.__name__: allowed
     for allowed in (
         LatentAutoencoder,
@@ -253,6 +253,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         self._check_fit_parameters(stack)
         split_seed, autoencoder_seed, denoiser_seed, self.sampler_seed_ = spawn_seeds(self.random_state, 4)
         train, held_out = self._hold_out(len(stack), groups, split_seed)
+        self.calibration_rows_ = held_out
 
         memory = check_memory(self.memory)
         if isinstance(self.autoencoder, FrozenEstimator):
@@ -312,8 +313,11 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
     def restore(self, X, *, brain_mask=None) -> np.ndarray:
         """The pseudo-healthy slices: float32 in 0..1 (``intensity_range_`` mapped to it), shape of ``X``."""
         stack = self._check_slices(X, brain_mask)
-        parts = [batch.restored for batch in self._restore_batches(stack, decode=True)]
-        restored = np.clip((np.concatenate(parts) + 1) / 2, 0, 1).astype(np.float32)
+        restored = np.empty((len(stack), *self.image_shape_), np.float32)
+        start = 0
+        for batch in self._restore_batches(stack, decode=True):
+            restored[start : start + len(batch.x)] = np.clip((batch.restored + 1) / 2, 0, 1)
+            start += len(batch.x)
         if stack.is_flat:
             return restored.reshape(len(restored), -1)[:, : self.n_features_in_]
         return restored if stack.values.ndim == 4 else restored[:, 0]
@@ -388,7 +392,9 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         """
         config, calibration, tensors = read_model(path, ("autoencoder", "denoiser"))
         if config.get("class") != cls.__name__:
-            raise ValueError(f"{path} must hold a {cls.__name__}, got {config.get('class')!r}. Load it as that.")
+            raise ValueError(
+                f"{path} must hold a {cls.__name__}, got {config.get('class')!r}. Load it as that."
+            )
         try:
             return cls._from_parts(config, calibration, tensors)
         except (KeyError, TypeError, RuntimeError) as error:
@@ -437,7 +443,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
                 f"X must have at least 2 samples to train on some and calibrate on others, got "
                 f"n_samples = {len(stack)}. Add healthy slices."
             )
-        is_share = isinstance(self.contamination, Real) and 0 < self.contamination <= 0.5
+        is_share = isinstance(self.contamination, Real) and 0 < float(self.contamination) <= 0.5
         if self.contamination != "auto" and not is_share:
             raise ValueError(
                 f"contamination must be 'auto' or in (0, 0.5], got {self.contamination!r}. Use 'auto'."
@@ -548,7 +554,9 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
             self.denoiser_ = state_from_numpy(MaskedUNet(config), arrays).eval()
 
 
-def _fit_autoencoder(autoencoder: LatentAutoencoder, stack: SliceStack, *, verbose: bool) -> LatentAutoencoder:
+def _fit_autoencoder(
+    autoencoder: LatentAutoencoder, stack: SliceStack, *, verbose: bool
+) -> LatentAutoencoder:
     """The first stage as a function of its inputs, so that it can be cached."""
     return autoencoder.set_params(verbose=verbose).fit_stack(stack)
 

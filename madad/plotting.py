@@ -51,7 +51,7 @@ def summary_figure(
                 axis.contour(lesion_masks[row], levels=[0.5], colors="cyan", linewidths=0.8)
         if titles is not None:
             axes[row, 0].set_ylabel(titles[row], fontsize=7)
-    for axis, name in zip(axes[0], ("input", "restored", "anomaly map", "truth")):
+    for axis, name in zip(axes[0], ("input", "restored", "anomaly map", "truth"), strict=True):
         axis.set_title(name, fontsize=9)
     for axis in axes.flat:
         axis.set_xticks([])
@@ -65,7 +65,7 @@ def _matplotlib():
         import matplotlib
     except ImportError as error:
         raise ImportError(
-            'matplotlib must be installed to draw figures, got no such package. '
+            "matplotlib must be installed to draw figures, got no such package. "
             'Run: pip install "madad[plot]"'
         ) from error
     matplotlib.use("Agg", force=False)

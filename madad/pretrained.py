@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from madad._unpickling import read_pickled_tensors
 from madad.nn import AutoencoderConfig, AutoencoderKL, MaskedUNet, UNetConfig
+
+Network = TypeVar("Network", bound=nn.Module)
 
 LATENT_SCALE = 0.18215  # what Stable Diffusion's latents are multiplied by
 ORIGINAL_HEADS = {64: 4, 128: 4, 192: 6, 256: 8, 320: 10}  # by base channels
@@ -157,8 +160,9 @@ def _autoencoder(tensors: dict[str, Tensor], rules, n_levels: int, path) -> Auto
         for name, value in renamed.items()
     }
     fused = _fuse_qkv(resampled)
-    for name in ["encoder.head.conv.weight", *(f"encoder.levels.{i}.0.conv1.weight" for i in range(n_levels))]:
-        _require(fused, name, path)
+    _require(fused, "encoder.head.conv.weight", path)
+    for i in range(n_levels):
+        _require(fused, f"encoder.levels.{i}.0.conv1.weight", path)
     base, image_channels = fused["encoder.stem.conv.weight"].shape[:2]
     widths = [fused[f"encoder.levels.{i}.0.conv1.weight"].shape[0] for i in range(n_levels)]
     config = AutoencoderConfig(
@@ -248,7 +252,8 @@ def _block_name(inner: str) -> str:
 def _by_kind_then_head(value: Tensor, n_heads: int) -> Tensor:
     """The original orders qkv by head, then kind; ours by kind, then head."""
     rows = value.shape[0]
-    return value.view(n_heads, 3, rows // (3 * n_heads), *value.shape[1:]).transpose(0, 1).reshape(value.shape)
+    by_head = value.view(n_heads, 3, rows // (3 * n_heads), *value.shape[1:])
+    return by_head.transpose(0, 1).reshape(value.shape)
 
 
 def _read(path) -> dict[str, Tensor]:
@@ -257,13 +262,16 @@ def _read(path) -> dict[str, Tensor]:
     if path.is_dir():
         path = _weight_file_in(path)
     if not path.is_file():
-        raise FileNotFoundError(f"path must name a weight file or a directory with one, got {path}. Check it.")
+        raise FileNotFoundError(
+            f"path must name a weight file or a directory with one, got {path}. Check the path."
+        )
     if path.suffix == ".safetensors":
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} must be a safetensors file, got one that cannot be read ({error}). Download it again."
+                f"{path} must be a safetensors file, got one that cannot be read ({error}). "
+                f"Download it again."
             ) from error
     else:
         tensors = read_pickled_tensors(path)
@@ -285,7 +293,7 @@ def _weight_file_in(directory: Path) -> Path:
     return found[0]
 
 
-def _fill(network: nn.Module, tensors: dict[str, Tensor], path) -> nn.Module:
+def _fill(network: Network, tensors: dict[str, Tensor], path) -> Network:
     """Load strictly; the error lists what is missing, unknown or of another shape."""
     wanted = network.state_dict()
     missing = sorted(wanted.keys() - tensors.keys())
@@ -327,10 +335,14 @@ def _check_diffusers_config(path, network: AutoencoderKL) -> None:
         if file.is_file():
             config = json.loads(file.read_text())
             found = network.config
-            widths = [found.base_channels * m for m in found.channel_multipliers]
-            if config.get("block_out_channels", widths) != widths:
-                raise ValueError(
-                    f"{file} must agree with the weights, got block_out_channels "
-                    f"{config['block_out_channels']} and weights of widths {widths}. Put the two that belong "
-                    f"together into one directory."
-                )
+            of_weights = {
+                "block_out_channels": [found.base_channels * m for m in found.channel_multipliers],
+                "latent_channels": found.latent_channels,
+                "norm_num_groups": found.norm_groups,  # the weights do not tell; ours has always 32
+            }
+            for key, value in of_weights.items():
+                if config.get(key, value) != value:
+                    raise ValueError(
+                        f"{file} must agree with the weights, got {key} {config[key]} where the network read "
+                        f"from them has {value}. Put the two that belong together into one directory."
+                    )

@@ -31,8 +31,8 @@ class RestoredBatch(NamedTuple):
     z: np.ndarray  # (n, c, h, w)
     z_restored: np.ndarray  # (n, c, h, w)
     noise_probability: np.ndarray  # (n_steps, n, 1, h, w)
-    reconstruction: np.ndarray | None  # (n, C, H, W): D(z)
-    restored: np.ndarray | None  # (n, C, H, W): D(z_restored)
+    reconstruction: np.ndarray  # (n, C, H, W): D(z); nothing, (0,), where decoding was not asked for
+    restored: np.ndarray  # (n, C, H, W): D(z_restored), or nothing
 
 
 def restore_batches(
@@ -79,14 +79,14 @@ def restore_batches(
                 generator_from(seed),
                 brain_fraction=autoencoder.brain_fraction(brain, device),
             )
-            reconstruction = restored = None
+            reconstruction = restored = z.new_empty(0)
             if decode:
                 reconstruction = restored = autoencoder.decode(z)
                 if bool(restoration.flagged.any()):
                     restored = autoencoder.decode(restoration.z_restored)
 
-        def array(value: Tensor | None, n: int = n_valid) -> np.ndarray | None:
-            return None if value is None else value[:n].float().cpu().numpy()
+        def array(value: Tensor, n: int = n_valid) -> np.ndarray:
+            return value[:n].float().cpu().numpy()
 
         yield RestoredBatch(
             brain[:n_valid, 0],

@@ -144,7 +144,7 @@ class Trainer(BaseEstimator):
                 history.append({"step": step, **record, "learning_rate": rate, "samples_per_second": speed})
                 bar.set_postfix(loss=f"{record['loss']:.4f}")
                 _check_loss(record["loss"], step)
-        average.copy_to(module)
+        average.copy_to_module()
         module.eval()
         return history
 
@@ -197,8 +197,8 @@ class _MovingAverage:
             torch._foreach_lerp_(self.averaged, [p.detach() for p in self.current], weight)
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        for parameter, averaged in zip(self.current, self.averaged):
+    def copy_to_module(self) -> None:
+        for parameter, averaged in zip(self.current, self.averaged, strict=False):
             parameter.copy_(averaged)
 
 

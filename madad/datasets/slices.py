@@ -100,7 +100,7 @@ def load_slices(
 
 
 def crop_to_brain(data, shape):
-    """Move each slice's brain to the middle of a smaller window: less background to compute, nothing stretched.
+    """Move each slice's brain to the middle of a smaller window: less background, nothing stretched.
 
     Parameters
     ----------

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from madad.diffusion.masking import smooth_field
 
+SAME_TISSUE = 1e-3  # standard deviations of a latent value
+
 
 class Corruption(Protocol):
     """Anything with this method can be the ``corruption`` of a detector."""
@@ -41,7 +43,10 @@ class ForeignLatents:
         n, _, h, w = z0.shape
         other = (torch.arange(n) + torch.randint(1, max(n, 2), (n,), generator=generator)) % n
         quarter = (h // 4 or 1, w // 4 or 1)
-        shift = [side // 8 + torch.randint(0, q, (n,), generator=generator) for side, q in zip((h, w), quarter)]
+        shift = [
+            side // 8 + torch.randint(0, q, (n,), generator=generator)
+            for side, q in zip((h, w), quarter, strict=True)
+        ]
         sign = torch.randint(0, 2, (2, n), generator=generator) * 2 - 1
         mirror = torch.randint(0, 2, (n,), generator=generator).bool()
         rows = (torch.arange(h) + (sign[0] * shift[0])[:, None]) % h  # (n, h)
@@ -66,7 +71,8 @@ class SmoothOffset:
     tissue_share : float
         Probability that the direction is one in which tissues differ from each other (the difference of two
         latents averaged over 5 x 5 positions, either sign) instead of a random one. Averaging leaves what
-        an intensity shift moves and takes out texture.
+        an intensity shift moves and takes out texture. Where the two hardly differ (both background), the
+        direction is random.
     """
 
     magnitude: tuple[float, float] = (0.5, 3.0)
@@ -78,9 +84,11 @@ class SmoothOffset:
         """``z0``, flattened towards zero, plus a slowly varying offset and little noise."""
         n, c, h, w = z0.shape
         direction = torch.randn(n, c, 1, 1, generator=generator).to(z0)
-        by_tissue = torch.rand(n, 1, 1, 1, generator=generator) < self.tissue_share
-        direction = torch.where(by_tissue.to(z0.device), self._between_tissues(z0, generator), direction)
-        direction = direction * (c**0.5 / direction.norm(dim=1, keepdim=True).clamp_min(1e-6))
+        by_tissue = (torch.rand(n, 1, 1, 1, generator=generator) < self.tissue_share).to(z0.device)
+        between = self._between_tissues(z0, generator)
+        by_tissue &= between.norm(dim=1, keepdim=True) > SAME_TISSUE
+        direction = torch.where(by_tissue, between, direction)
+        direction = direction * (c**0.5 / direction.norm(dim=1, keepdim=True))
         low, high = self.magnitude
         length = low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
         slow = 1 + 0.3 * smooth_field(n, 1, h, w, generator)

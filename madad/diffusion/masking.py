@@ -68,7 +68,9 @@ class RandomBlobs:
     n_blobs: tuple[int, int] = (1, 3)
     roughness: float = 0.5
 
-    def draw(self, n: int, h: int, w: int, generator: torch.Generator, weight: Tensor | None = None) -> Tensor:
+    def draw(
+        self, n: int, h: int, w: int, generator: torch.Generator, weight: Tensor | None = None
+    ) -> Tensor:
         """Noise masks, float (n, 1, h, w), 1 = noised; centres are drawn in proportion to ``weight``."""
         low, high = self.n_blobs
         count = torch.randint(low, high + 1, (n, 1, 1), generator=generator)
@@ -102,7 +104,9 @@ class EitherMask:
     blobs: RandomBlobs = field(default_factory=RandomBlobs)
     blob_share: float = 0.5
 
-    def draw(self, n: int, h: int, w: int, generator: torch.Generator, weight: Tensor | None = None) -> Tensor:
+    def draw(
+        self, n: int, h: int, w: int, generator: torch.Generator, weight: Tensor | None = None
+    ) -> Tensor:
         """Noise masks, float (n, 1, h, w), 1 = noised."""
         patches = self.patches.draw(n, h, w, generator)
         blobs = self.blobs.draw(n, h, w, generator, weight)
@@ -140,7 +144,7 @@ def brain_fraction_of(brain_mask: Tensor, factor: int) -> Tensor:
 
 
 def smooth_field(n: int, c: int, h: int, w: int, generator: torch.Generator, cells: int = 4) -> Tensor:
-    """Random fields (n, c, h, w) that vary over about ``1 / cells`` of the image, standard deviation near 1."""
+    """Random fields (n, c, h, w) that vary over about ``1 / cells`` of the image, deviation near 1."""
     coarse = torch.randn(n, c, cells + 1, cells + 1, generator=generator)
     return F.interpolate(coarse, size=(h, w), mode="bicubic", align_corners=True)
 

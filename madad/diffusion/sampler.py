@@ -69,9 +69,10 @@ class _MaskedSampler:
         times = schedule.timesteps(self.n_steps, self.spacing)
         z_t, probabilities, trajectory = z, [], [z]
         flagged = torch.zeros(len(z), dtype=torch.bool, device=z.device)
-        for t, t_before in zip(times, [*times[1:], 0]):
+        for t, t_before in zip(times, [*times[1:], 0], strict=True):
             z0_hat, noise_logit = unet(z_t, torch.full((len(z),), t, device=z.device))
-            noise_probability = torch.sigmoid(noise_logit.to(z.dtype))
+            # in float64: the vectorised float32 sigmoid rounds by the place in the batch
+            noise_probability = torch.sigmoid(noise_logit.double()).to(z.dtype)
             if brain_fraction is not None:
                 noise_probability = noise_probability * (brain_fraction > 0)
             noise_mask = noise_probability > self.mask_threshold  # B(f_M)

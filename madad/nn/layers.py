@@ -153,7 +153,7 @@ class DepthToSpaceHead(nn.Module):
 
 
 def sinusoidal_embedding(position: Tensor, channels: int) -> Tensor:
-    """Embed positions (batch,) as cosines and sines of geometrically spaced frequencies, (batch, channels)."""
+    """Embed positions (batch,) as cosines and sines of geometric frequencies, (batch, channels)."""
     half = channels // 2
     exponents = torch.arange(half, dtype=torch.float32, device=position.device) / half
     angles = position[:, None].float() * torch.exp(-math.log(10_000.0) * exponents)

@@ -1,4 +1,4 @@
-"""The masked U-Net: one trunk, two heads. What is the clean latent, and where is it not clean?"""
+"""The masked U-Net: one trunk and two heads, for the clean latent and for where it is not clean."""
 
 from __future__ import annotations
 
@@ -72,8 +72,12 @@ UNET_SIZES: dict[str, UNetConfig] = {
         n_heads=2,
         norm_groups=4,
     ),
-    "small": UNetConfig(base_channels=64, channel_multipliers=(1, 2), n_res_blocks=1, attention_levels=(1,)),
-    "medium": UNetConfig(base_channels=96, channel_multipliers=(1, 2), attention_levels=(1,)),
+    "small": UNetConfig(
+        channel_multipliers=(1, 2), n_res_blocks=1, attention_levels=(1,), patch_size=2, base_channels=64
+    ),
+    "medium": UNetConfig(
+        channel_multipliers=(1, 2), n_res_blocks=2, attention_levels=(1,), patch_size=2, base_channels=96
+    ),
     "XS": UNetConfig(base_channels=64, n_heads=4),
     "S": UNetConfig(base_channels=128, n_heads=4),
     "M": UNetConfig(base_channels=192, n_heads=6),

@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-
 from sklearn.utils import Bunch
 
 from madad.datasets import crop_to_brain, load_slices
