@@ -1,12 +1,13 @@
 """Accuracy on real scans: MAD-AD's three maps beside intensity and autoencoder residual, from one run.
 
-``within``: one cohort; train on lesion-free slices of the training subjects, test on each test subject's slice
-with the largest lesion. ``cross``: train on a healthy cohort, test on the slices with a lesion of another one at
-the same level. Prints a table, writes ``results.json``, a picture and each seed's model (found again on a rerun).
+``within``: one cohort; train on lesion-free slices of the training subjects, test on each test subject's
+slice with the largest lesion. ``cross``: train on a healthy cohort, test on the slices with a lesion of
+another one at the same level. Prints a table, writes ``results.json``, a picture and each seed's model (found
+again on a rerun).
 
     python benchmarks/accuracy.py --protocol within --data lgg_flair.npz --out runs/flair
-    python benchmarks/accuracy.py --protocol cross --data ixi_t1_mni_middle.npz --test brats_multicontrast.npz \
-        --test-image image_t1 --out runs/t1
+    python benchmarks/accuracy.py --protocol cross --data ixi_t1_mni_middle.npz --out runs/t1 \
+        --test brats_multicontrast.npz --test-image image_t1
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     train, test = {"within": within, "cross": cross}[options.protocol](options)
     print(
-        f"{options.protocol}: {len(train.images)} healthy slices of {len(np.unique(train.subjects))} subjects, "
+        f"{options.protocol}: {len(train.images)} healthy slices of {len(np.unique(train.subjects))} "
+        f"subjects, "
         f"tested on {len(test.images)} slices of {len(np.unique(test.subjects))} subjects, "
         f"{test.images.shape[1]} x {test.images.shape[2]} px; maps and truth restricted to the brain mask"
     )
@@ -74,7 +76,7 @@ def main() -> None:
         "n_train": len(train.images),
         "n_test": len(test.images),
         "test_subjects": sorted(set(test.subjects.tolist())),
-        "minutes_per_stage": [options.autoencoder_minutes, options.denoiser_minutes],
+        "steps_per_stage": [options.autoencoder_steps, options.denoiser_steps],
         "precision": options.precision,
         "methods": methods,
         "version": __version__,
@@ -85,7 +87,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--protocol", choices=("within", "cross"), required=True)
     parser.add_argument("--data", type=Path, required=True, help="slices to train on (and test, for within)")
     parser.add_argument("--test", type=Path, help="slices to test on, for cross")
@@ -93,8 +97,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test-image", default="image", help="image array of --test")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--autoencoder-minutes", type=float, default=3.0)
-    parser.add_argument("--denoiser-minutes", type=float, default=12.0)
+    parser.add_argument("--autoencoder-steps", type=int, default=600)
+    parser.add_argument("--denoiser-steps", type=int, default=2500)
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--preset", default="auto")
     parser.add_argument("--device", default="auto")
@@ -105,7 +109,10 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="hold out some training subjects and test on them: for choosing anything (within only)",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.protocol == "cross" and options.test is None:
+        parser.error("--protocol cross needs --test FILE.npz, the cohort with lesions.")
+    return options
 
 
 def within(options: argparse.Namespace) -> tuple[Bunch, Bunch]:
@@ -151,22 +158,25 @@ def take(data: Bunch, rows: np.ndarray) -> Bunch:
     return Bunch(**{name: data[name][rows] for name in names})
 
 
-def fitted(options: argparse.Namespace, train: Bunch, seed: int) -> tuple[MaskedDiffusionAnomalyDetector, float]:
+def fitted(
+    options: argparse.Namespace, train: Bunch, seed: int
+) -> tuple[MaskedDiffusionAnomalyDetector, float]:
     """The detector of one seed, from disk if it is there; and the seconds its training took."""
-    path = options.out / f"model-{seed}"
+    path, run = options.out / f"model-{seed}", options.out / f"run-{seed}.json"
     if path.exists():
-        seconds = json.loads((options.out / f"seconds-{seed}.json").read_text())
-        return MaskedDiffusionAnomalyDetector.load(path), seconds
+        training = json.loads(run.read_text())
+        detector = MaskedDiffusionAnomalyDetector.load(path)
+        detector.calibration_rows_ = np.array(training["calibration_rows"])  # of the data: not in the model
+        return detector, training["seconds"]
 
-    def trainer(minutes: float, learning_rate: float) -> Trainer:
-        bounds = {"max_time": 60 * minutes, "learning_rate": learning_rate}
-        return Trainer(10**6, **bounds, precision=options.precision)
+    def trainer(steps: int, learning_rate: float) -> Trainer:
+        return Trainer(10**6, max_steps=steps, learning_rate=learning_rate, precision=options.precision)
 
     overrides = dict(item.split("=", 1) for item in options.set)
     detector = MaskedDiffusionAnomalyDetector(
         options.preset,
-        autoencoder=LatentAutoencoder(trainer=trainer(options.autoencoder_minutes, 2e-3)),
-        trainer=trainer(options.denoiser_minutes, 1e-3),
+        autoencoder=LatentAutoencoder(trainer=trainer(options.autoencoder_steps, 2e-3)),
+        trainer=trainer(options.denoiser_steps, 1e-3),
         pixel_specificity=PIXEL_SPECIFICITY,
         device=options.device,
         random_state=seed,
@@ -176,7 +186,7 @@ def fitted(options: argparse.Namespace, train: Bunch, seed: int) -> tuple[Masked
     start = time.monotonic()
     detector.fit(train.images, brain_mask=train.brain_masks, groups=train.subjects)
     seconds = time.monotonic() - start
-    (options.out / f"seconds-{seed}.json").write_text(json.dumps(seconds))
+    run.write_text(json.dumps({"seconds": seconds, "calibration_rows": detector.calibration_rows_.tolist()}))
     detector.save(path)
     return detector, seconds
 
@@ -222,7 +232,8 @@ def all_maps(detector: MaskedDiffusionAnomalyDetector, data: Bunch) -> dict[str,
     """Image, latent and mask map of one restoration."""
     knobs, factor = detector._inference_knobs(), detector.autoencoder_.config_.factor
     parts: dict[str, list[np.ndarray]] = {kind: [] for kind in ANOMALY_MAPS}
-    for batch in detector._restore_batches(detector._check_slices(data.images, data.brain_masks), decode=True):
+    stack = detector._check_slices(data.images, data.brain_masks)
+    for batch in detector._restore_batches(stack, decode=True):
         for kind in ANOMALY_MAPS:
             parts[kind].append(maps_of(batch, knobs | {"anomaly_map": kind}, factor))
     return {f"mad-ad {kind}": np.concatenate(maps) for kind, maps in parts.items()}

@@ -79,15 +79,15 @@ def fixed_batches(n: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
 @contextmanager
 def inference(*modules: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, restored afterwards."""
-    modes = [module.training for module in modules]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:
             module.eval()
         with torch.inference_mode():
             yield
     finally:
-        for module, training in zip(modules, modes, strict=True):
-            module.train(training)
+        for part, training in modes:
+            part.training = training
 
 
 def state_to_numpy(module: nn.Module) -> dict[str, np.ndarray]:

@@ -49,12 +49,12 @@ class SliceStack:
 
     def images(self, index) -> np.ndarray:
         """float32 (len(index), C, H, W) in 0..1, or beyond where the fitted range is exceeded."""
-        values = self._take(self.values, index).astype(np.float32)
-        if self.is_flat:
-            values = _fold(values, math.prod(self.image_shape))
-        low, high = self.intensity_range
+        values, (low, high) = self._take(self.values, index), self.intensity_range
         if (low, high) != (0.0, 1.0):
-            values = (values - low) / (high - low)
+            values = (values.astype(np.float64) - low) / (high - low)
+        values = values.astype(np.float32)
+        if self.is_flat:  # after scaling: the padding is background in any range
+            values = _fold(values, math.prod(self.image_shape))
         return values.reshape(-1, *self.image_shape)
 
     def brain(self, index) -> np.ndarray:
@@ -119,29 +119,28 @@ def check_slices(
         )
     shape = _image_shape(values, image_shape, input_name)
     integer_range = INTEGER_RANGES.get(values.dtype.name)
-    if isinstance(intensity_range, str):
-        if intensity_range != "data":
-            raise ValueError(
-                f"intensity_range must be (low, high) or 'data', got {intensity_range!r}. Use (0.0, 1.0)."
-            )
+    if isinstance(intensity_range, str) and intensity_range == "data":
         low, high = _data_range(values, input_name)
         intensity_range = (low, high if high > low else low + 1.0)
-    elif tuple(intensity_range) == (0.0, 1.0) and integer_range:
-        intensity_range = integer_range
-    elif not intensity_range[0] < intensity_range[1]:
-        raise ValueError(f"intensity_range must have low < high, got {intensity_range!r}. Use (0.0, 1.0).")
     else:
-        _check_range(values, intensity_range, input_name)
+        _check_intensity_range(intensity_range)
+        if tuple(intensity_range) == (0.0, 1.0) and integer_range:
+            intensity_range = integer_range
+        else:
+            _check_range(values, intensity_range, input_name)
     mask = None if brain_mask is None else _check_brain_mask(brain_mask, values, shape, input_name)
     return SliceStack(values, shape, (float(intensity_range[0]), float(intensity_range[1])), mask)
 
 
-def as_numpy(X) -> np.ndarray:
+def as_numpy(X, name: str = "X") -> np.ndarray:
     """An array or tensor as an array; memory maps and device tensors included."""
     if hasattr(X, "detach"):  # a torch tensor, without importing torch
         X = X.detach().cpu()
         X = X.float() if str(X.dtype) == "torch.bfloat16" else X
-    return np.asarray(X)
+    try:
+        return np.asarray(X)
+    except ValueError as error:
+        raise ValueError(f"{name} must hold slices of one shape, got {error} Pad or crop them.") from None
 
 
 def _as_array(X, name: str) -> np.ndarray:
@@ -149,7 +148,7 @@ def _as_array(X, name: str) -> np.ndarray:
         raise TypeError(
             f"Sparse data was passed for {name}, but dense data is required. Use '.toarray()' to convert it."
         )
-    values = as_numpy(X)
+    values = as_numpy(X, name)
     if values.dtype.kind == "O":
         try:
             values = values.astype(np.float64)
@@ -162,7 +161,25 @@ def _as_array(X, name: str) -> np.ndarray:
     return values
 
 
+def _check_intensity_range(intensity_range) -> None:
+    try:
+        low, high = (float(end) for end in intensity_range)
+        fits = -math.inf < low < high < math.inf
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"intensity_range must be 'data' or (low, high) with finite low < high, got {intensity_range!r}. "
+            f"Use (0.0, 1.0)."
+        )
+
+
 def _image_shape(values: np.ndarray, image_shape, name: str) -> tuple[int, int, int]:
+    if image_shape is not None and not _is_image_shape(image_shape):
+        raise ValueError(
+            f"image_shape must be (height, width) or (channels, height, width) in positive integers, "
+            f"got {image_shape!r}. Use None for data with image axes or square slices."
+        )
     if values.ndim > 2:
         found = _with_channels(values.shape[1:])
         wanted = None if image_shape is None else _with_channels(image_shape)
@@ -183,6 +200,13 @@ def _image_shape(values: np.ndarray, image_shape, name: str) -> tuple[int, int, 
             f"{n_features} features. Give (height, width) or (channels, height, width)."
         )
     return folded
+
+
+def _is_image_shape(shape) -> bool:
+    try:
+        return len(shape) in (2, 3) and all(int(side) == side and side > 0 for side in shape)
+    except (TypeError, ValueError):
+        return False
 
 
 def _with_channels(shape) -> tuple[int, int, int]:
@@ -219,7 +243,7 @@ def _check_range(values: np.ndarray, intensity_range, name: str) -> None:
 
 
 def _check_brain_mask(brain_mask, values: np.ndarray, shape, name: str) -> np.ndarray:
-    mask = as_numpy(brain_mask)
+    mask = as_numpy(brain_mask, "brain_mask")
     n, (_, height, width) = len(values), shape
     expected = {2: (n, math.ceil(values.shape[1] / shape[0]))}.get(values.ndim, (n, height, width))
     if mask.shape == (n, 1, height, width) and values.ndim == 4:

@@ -22,7 +22,7 @@ def image_map(
     restored, reference : ndarray of shape (n, C, H, W), in -1..1
         On the network's scale, as in the paper and the original code.
     gamma : float or None
-        Clip, on that scale. None = no clipping: divided by the largest difference there can be.
+        Clip, on that scale. None or infinity = no clipping: divided by the largest difference there can be.
     difference : {"absolute", "squared"}
         ``"squared"`` is the paper's, ``"absolute"`` the original code's (METHOD, section 2, row 9).
 
@@ -38,7 +38,7 @@ def image_map(
     largest = 2.0
     if difference == "squared":
         distance, largest = distance**2, 4.0
-    limit = largest if gamma is None else gamma
+    limit = largest if gamma is None or np.isinf(gamma) else gamma
     return (np.minimum(distance, limit) / limit).mean(axis=1).astype(np.float32)
 
 
@@ -91,8 +91,8 @@ def smoothing_width(smoothing_px: float | None, height: int, width: int) -> floa
     """The Gaussian's standard deviation in pixels for slices of one size."""
     if smoothing_px is None:
         return PAPER_SMOOTHING * max(height, width)
-    if smoothing_px < 0:
-        raise ValueError(f"smoothing_px must be 0 or more, got {smoothing_px!r}. Use 0 for no smoothing.")
+    if not 0 <= smoothing_px < np.inf:
+        raise ValueError(f"smoothing_px must be finite and 0 or more, got {smoothing_px!r}. Use 0 for none.")
     return float(smoothing_px)
 
 
@@ -112,6 +112,8 @@ def pool_map(anomaly_map: np.ndarray, brain_mask: np.ndarray, top_share: float =
     -------
     ndarray of shape (n,), float64; 0 for slices without brain.
     """
+    if not 0 < top_share <= 1:
+        raise ValueError(f"top_share must be above 0 and at most 1, got {top_share!r}. The default is 0.01.")
     scores = np.zeros(len(anomaly_map))
     for i, (values, brain) in enumerate(zip(anomaly_map, brain_mask, strict=True)):
         inside = values[brain]

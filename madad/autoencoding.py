@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +32,7 @@ from madad.training import Trainer
 BACKGROUND = -1.0  # of a network image
 STRUCTURE_SCALES = (1, 2, 4)
 COMPONENT_SLICES = 256
+AUTO_SIZES = (("fast-f2", 80), ("fast-f4", 160), ("fast-f8", math.inf))
 LATENT_STATISTICS = ("latent_shift_", "latent_scale_")
 
 
@@ -95,7 +97,8 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
     Parameters
     ----------
     size : str or AutoencoderConfig
-        A name in `madad.nn.AUTOENCODER_SIZES`, or a shape. ``"auto"`` is ``"fast-f4"``.
+        A name in `madad.nn.AUTOENCODER_SIZES`, or a shape. ``"auto"`` is the one of the fast ones that
+        gives latents of about 32 x 32: a factor of 2 for slices of up to 80 pixels, 4 up to 160, else 8.
     latent_channels : int or None
         Overrides the size's number of latent channels.
     kl_weight : float
@@ -199,7 +202,7 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         device = resolve_device(self.device)
         weights_seed, training_seed = spawn_seeds(self.random_state, 2)
         with isolated_seed(weights_seed):
-            self.network_ = AutoencoderKL(self._config(stack.image_shape[0])).to(device)
+            self.network_ = AutoencoderKL(self._config(stack.image_shape)).to(device)
         if self.config_.linear_shortcut:
             self._start_from_components(stack, weights_seed)
         self.latent_shift_ = np.zeros(self.config_.latent_channels, np.float32)
@@ -252,7 +255,7 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         check_is_fitted(self)
         Z = as_numpy(Z).astype(np.float32)
         expected = self.latent_shape_
-        if Z.ndim != 4 or Z.shape[1:] != expected:
+        if Z.ndim != 4 or Z.shape[1:] != expected or len(Z) == 0:
             raise ValueError(
                 f"Z must have shape (n_samples, {', '.join(map(str, expected))}), got {Z.shape}. "
                 f"Use what transform returned."
@@ -297,17 +300,20 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         shift, scale = (value[:, None, None] for value in as_column)
         return shift, scale
 
-    def _config(self, image_channels: int) -> AutoencoderConfig:
-        size = "fast-f4" if isinstance(self.size, str) and self.size == "auto" else self.size
-        if isinstance(size, str):
-            if size not in AUTOENCODER_SIZES:
-                raise ValueError(
-                    f"size must be 'auto', one of {sorted(AUTOENCODER_SIZES)} or an AutoencoderConfig, "
-                    f"got {size!r}. Use 'auto'."
-                )
+    def _config(self, image_shape: tuple[int, int, int]) -> AutoencoderConfig:
+        size = self.size
+        if isinstance(size, str) and size == "auto":
+            longest = max(image_shape[1:])
+            size = next(name for name, limit in AUTO_SIZES if longest <= limit)
+        if isinstance(size, str) and size in AUTOENCODER_SIZES:
             size = AUTOENCODER_SIZES[size]
+        if not isinstance(size, AutoencoderConfig):
+            raise ValueError(
+                f"size must be 'auto', one of {sorted(AUTOENCODER_SIZES)} or an AutoencoderConfig, "
+                f"got {size!r}. Use 'auto'."
+            )
         channels = self.latent_channels or size.latent_channels
-        return replace(size, image_channels=image_channels, latent_channels=channels)
+        return replace(size, image_channels=image_shape[0], latent_channels=channels)
 
     def _start_from_components(self, stack: SliceStack, seed: int) -> None:
         """Give the network blocks of brain from up to `COMPONENT_SLICES` slices."""
@@ -322,18 +328,20 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
     def _estimate_latent_scale(self, stack: SliceStack) -> None:
         """Zero mean and unit variance per channel, over the latent positions that hold brain."""
         device = self._to_device()
-        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        # rows: the brain's latent positions, and all of them, which serve where no slice has brain
+        count, total, squares = torch.zeros(2, 1).double(), torch.zeros(()), torch.zeros(())
         with inference(self.network_):
             for index, n_valid in fixed_batches(len(stack), self.batch_size_of()):
                 mean = self.network_.encode(self.pad(to_network(stack.images(index), device))).mean[:n_valid]
                 brain = self.brain_fraction(stack.brain(index), device)[:n_valid] > 0
-                values = mean.double().permute(0, 2, 3, 1)[brain[:, 0]]
-                values = values if len(values) else mean.double().permute(0, 2, 3, 1).flatten(0, 2)
-                count += len(values)
-                total = total + values.sum(0)
-                squares = squares + values.square().sum(0)
-        shift = total / count
-        spread = (squares / count - shift.square()).clamp_min(0).sqrt()
+                everywhere = mean.double().permute(0, 2, 3, 1)
+                groups = (everywhere[brain[:, 0]], everywhere.flatten(0, 2))
+                count += torch.tensor([[len(values)] for values in groups])
+                total = total + torch.stack([values.sum(0) for values in groups])
+                squares = squares + torch.stack([values.square().sum(0) for values in groups])
+        row = 0 if count[0] > 0 else 1
+        shift = total[row] / float(count[row])
+        spread = (squares[row] / float(count[row]) - shift.square()).clamp_min(0).sqrt()
         self.latent_shift_ = shift.float().cpu().numpy()
         self.latent_scale_ = (1 / spread.clamp_min(1e-6)).float().cpu().numpy()
 

@@ -63,11 +63,17 @@ def write_model(path, config: dict, calibration: dict, tensors: Mapping[str, Ten
         _write_json(new / CONFIG, header | config)
         _write_json(new / CALIBRATION, calibration)
         for name, arrays in tensors.items():
-            contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+            contiguous = {key: np.asarray(value, order="C") for key, value in arrays.items()}
             save_file(contiguous, new / f"{name}.safetensors")
+        old = scratch / "old"
         if path.exists():
-            path.rename(scratch / "old")
-        new.rename(path)
+            path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -166,7 +172,13 @@ def _replaceable(path: Path) -> bool:
     if not path.is_dir():
         return False
     entries = {entry.name for entry in path.iterdir()}
-    return not entries or CONFIG in entries and _read_json(path / CONFIG).get("format") == FORMAT
+    if not entries:
+        return True
+    foreign = {name for name in entries - {CONFIG, CALIBRATION} if not name.endswith(".safetensors")}
+    try:
+        return not foreign and _read_json(path / CONFIG).get("format") == FORMAT
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -184,7 +196,7 @@ def _read_json(path: Path) -> dict:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} must be JSON, got a damaged file ({error}). Save the model again."
         ) from error

@@ -143,13 +143,13 @@ def make_denoiser(denoiser: str | UNetConfig | nn.Module, latent_channels: int) 
     """Build a U-Net for latents of so many channels; a module is taken as it is."""
     if isinstance(denoiser, nn.Module):
         return denoiser
-    if isinstance(denoiser, str):
-        if denoiser not in UNET_SIZES:
-            raise ValueError(
-                f"denoiser must be one of {sorted(UNET_SIZES)}, a UNetConfig or an nn.Module, "
-                f"got {denoiser!r}. Use 'small'."
-            )
+    if isinstance(denoiser, str) and denoiser in UNET_SIZES:
         denoiser = UNET_SIZES[denoiser]
+    if not isinstance(denoiser, UNetConfig):
+        raise ValueError(
+            f"denoiser must be one of {sorted(UNET_SIZES)}, a UNetConfig or an nn.Module, "
+            f"got {denoiser!r}. Use 'small'."
+        )
     return MaskedUNet(replace(denoiser, latent_channels=latent_channels))
 
 

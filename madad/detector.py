@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Iterator
 from numbers import Real
@@ -14,7 +15,7 @@ from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import nn
 
-from madad._random import spawn_seeds
+from madad._random import isolated_seed, spawn_seeds
 from madad._tensors import resolve_device, state_from_numpy, state_to_numpy
 from madad._validation import SliceStack
 from madad.anomaly_map import pool_map
@@ -270,7 +271,8 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
             objective={name: self._value_of(name) for name in OBJECTIVE_KNOBS},
             trainer=self._make_trainer(),
             seed=denoiser_seed,
-            flip=getattr(self.autoencoder_, "flip", False),
+            # one column is its own mirror image
+            flip=getattr(self.autoencoder_, "flip", False) and self.image_shape_[-1] > 1,
             verbose=self.verbose,
         )
         self.n_timesteps_ = self._value_of("n_timesteps")
@@ -396,7 +398,8 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
                 f"{path} must hold a {cls.__name__}, got {config.get('class')!r}. Load it as that."
             )
         try:
-            return cls._from_parts(config, calibration, tensors)
+            with isolated_seed(0):  # building a network draws weights
+                return cls._from_parts(config, calibration, tensors)
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(
                 f"{path} must hold the config and tensors that save() wrote, got parts that do not fit "
@@ -462,6 +465,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         if groups is not None and len(np.unique(groups)) > 1:
             splitter = GroupShuffleSplit(1, test_size=self.calibration_fraction, random_state=seed)
         else:
+            groups = None
             splitter = ShuffleSplit(1, test_size=self.calibration_fraction, random_state=seed)
         train, held_out = next(splitter.split(np.zeros(n), groups=groups))
         return np.sort(train), np.sort(held_out)
@@ -551,14 +555,19 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         super().__setstate__(state)
         if packed is not None:
             config, arrays = packed
-            self.denoiser_ = state_from_numpy(MaskedUNet(config), arrays).eval()
+            with isolated_seed(0):  # building a network draws weights
+                self.denoiser_ = state_from_numpy(MaskedUNet(config), arrays).eval()
 
 
 def _fit_autoencoder(
     autoencoder: LatentAutoencoder, stack: SliceStack, *, verbose: bool
 ) -> LatentAutoencoder:
     """The first stage as a function of its inputs, so that it can be cached."""
-    return autoencoder.set_params(verbose=verbose).fit_stack(stack)
+    fitted = autoencoder.set_params(verbose=verbose).fit_stack(stack)
+    # A copy shares no object with the stack: joblib hashes both together, and shared objects count. Without
+    # it the next stage would not recognise what comes from the cache as what was trained here.
+    with isolated_seed(0):  # building a network draws weights
+        return pickle.loads(pickle.dumps(fitted))
 
 
 def _parameters_to_json(estimator) -> dict:

@@ -58,16 +58,17 @@ _ORIGINAL = _PAPER | {
 
 # Ours: masks and fills that look more like disease, and networks that a CPU can train.
 _SMALL = _PAPER | {
-    "autoencoder": "fast-f4",
+    "autoencoder": "auto",
     "autoencoder_training": {"max_epochs": 200, "max_steps": 3000, "learning_rate": 2e-3},
     "denoiser": "small",
     "denoiser_training": {"max_epochs": 1000, "max_steps": 3000, "learning_rate": 1e-3},
     "corruption": "mixture",
-    "mask_shape": "either",
-    "mask_loss_weight": 0.1,
+    "mask_shape": "blobs",
+    "mask_loss_weight": 1.0,
     "step_spacing": "trailing",
+    "n_steps": 5,
     "mask_threshold": 0.3,
-    "anomaly_map": "latent",
+    "anomaly_map": "mask",
     "reference": "reconstruction",
     "map_difference": "absolute",
 }

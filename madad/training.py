@@ -138,6 +138,8 @@ class Trainer(BaseEstimator):
                         totals[name] = totals.get(name, 0.0) + part
                     step += 1
                     bar.update()
+                if step == first:  # the time ran out between two epochs
+                    break
                 record = {name: float(total) / (step - first) for name, total in totals.items()}
                 seconds = max(time.monotonic() - epoch_start, 1e-9)
                 speed = (step - first) * batch_size / seconds
@@ -159,6 +161,19 @@ class Trainer(BaseEstimator):
                 raise ValueError(f"{name} must be positive, got {value!r}. Give a number above 0 or None.")
         if self.max_epochs is None:
             raise ValueError("max_epochs must be positive, got None. Bound training by max_steps besides.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}. Try 0.001.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay!r}. Use 0 for none.")
+        for name in ("warmup_fraction", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must lie in 0..1 without 1, got {getattr(self, name)!r}. 0 switches it off."
+                )
+        if self.gradient_clip is not None and not self.gradient_clip > 0:
+            raise ValueError(
+                f"gradient_clip must be positive or None, got {self.gradient_clip!r}. None switches it off."
+            )
 
     def _out_of_time(self, start: float) -> bool:
         return self.max_time is not None and time.monotonic() - start >= self.max_time

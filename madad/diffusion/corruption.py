@@ -63,7 +63,7 @@ class SmoothOffset:
     Parameters
     ----------
     magnitude : (float, float)
-        Range of the offset's length, in standard deviations of a latent value.
+        Range of the offset's length (Euclidean, over channels), in standard deviations of a latent value.
     noise : float
         Standard deviation of the noise added to the moved tissue.
     flatten : float
@@ -75,10 +75,10 @@ class SmoothOffset:
         direction is random.
     """
 
-    magnitude: tuple[float, float] = (0.5, 3.0)
-    noise: float = 0.2
-    flatten: float = 1.0
-    tissue_share: float = 0.7
+    magnitude: tuple[float, float] = (0.7, 4.0)
+    noise: float = 0.05
+    flatten: float = 0.6
+    tissue_share: float = 0.9
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
         """``z0``, flattened towards zero, plus a slowly varying offset and little noise."""
@@ -88,7 +88,7 @@ class SmoothOffset:
         between = self._between_tissues(z0, generator)
         by_tissue &= between.norm(dim=1, keepdim=True) > SAME_TISSUE
         direction = torch.where(by_tissue, between, direction)
-        direction = direction * (c**0.5 / direction.norm(dim=1, keepdim=True))
+        direction = direction / direction.norm(dim=1, keepdim=True)
         low, high = self.magnitude
         length = low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
         slow = 1 + 0.3 * smooth_field(n, 1, h, w, generator)
@@ -127,4 +127,7 @@ class Mixture:
         return fills[choice, torch.arange(len(z0))]
 
 
-CORRUPTIONS: dict[str, Corruption] = {"gaussian": GaussianNoise(), "mixture": Mixture()}
+CORRUPTIONS: dict[str, Corruption] = {
+    "gaussian": GaussianNoise(),
+    "mixture": Mixture(probabilities=(0.1, 0.2, 0.7)),
+}

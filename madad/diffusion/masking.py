@@ -64,7 +64,7 @@ class RandomBlobs:
         How far the random field bends the outline, as a share of the radius.
     """
 
-    radius: tuple[float, float] = (0.04, 0.22)
+    radius: tuple[float, float] = (0.05, 0.28)
     n_blobs: tuple[int, int] = (1, 3)
     roughness: float = 0.5
 

@@ -65,7 +65,17 @@ KL_F8 = AutoencoderConfig()
 
 AUTOENCODER_SIZES: dict[str, AutoencoderConfig] = {
     "kl-f8": KL_F8,
+    "fast-f2": AutoencoderConfig(
+        latent_channels=3,
+        base_channels=32,
+        channel_multipliers=(1,),
+        n_res_blocks=1,
+        patch_size=2,
+        mid_attention=False,
+        linear_shortcut=True,
+    ),
     "fast-f4": AutoencoderConfig(
+        latent_channels=8,
         base_channels=32,
         channel_multipliers=(1,),
         n_res_blocks=1,
@@ -74,7 +84,7 @@ AUTOENCODER_SIZES: dict[str, AutoencoderConfig] = {
         linear_shortcut=True,
     ),
     "fast-f8": AutoencoderConfig(
-        latent_channels=8,
+        latent_channels=16,
         base_channels=64,
         channel_multipliers=(1,),
         n_res_blocks=1,
