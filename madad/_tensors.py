@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -40,9 +41,11 @@ def resolve_device(device) -> torch.device:
 def default_batch_size(height: int, width: int) -> int:
     """The fixed number of slices per forward pass: fewer where slices are large, never by free memory.
 
-    It depends on nothing but the slice's size, so that results do not depend on the machine's load.
+    A power of two, because vectorised kernels round the few values that are left over at the end of an array
+    differently: a slice's result would depend on its place in the batch. It depends on nothing but the
+    slice's size, so that results do not depend on the machine's load.
     """
-    return int(min(MAX_BATCH, max(1, PIXELS_PER_BATCH // (height * width))))
+    return 2 ** int(math.log2(min(MAX_BATCH, max(1, PIXELS_PER_BATCH // (height * width)))))
 
 
 def to_network(images: np.ndarray, device: torch.device) -> Tensor:

@@ -374,7 +374,8 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         super().__setstate__(state)
         if packed is not None:
             config, arrays = packed
-            self.network_ = state_from_numpy(AutoencoderKL(config), arrays).eval()
+            with isolated_seed(0):  # building a network draws weights
+                self.network_ = state_from_numpy(AutoencoderKL(config), arrays).eval()
 
 
 def structure_distance(x_hat: Tensor, x: Tensor) -> Tensor:

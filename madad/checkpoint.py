@@ -49,11 +49,7 @@ def write_model(path, config: dict, calibration: dict, tensors: Mapping[str, Ten
     leaves what was there.
     """
     path = Path(path)
-    if path.exists() and not _replaceable(path):
-        raise FileExistsError(
-            f"path must be new, empty or a madad model, got {path}, which holds something else. "
-            f"Choose another directory."
-        )
+    refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -76,6 +72,15 @@ def write_model(path, config: dict, calibration: dict, tensors: Mapping[str, Ten
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise FileExistsError if a model may not be written to ``path`` because something else is there."""
+    if path.exists() and not _replaceable(path):
+        raise FileExistsError(
+            f"path must be new, empty or a madad model, got {path}, which holds something else. "
+            f"Choose another directory."
+        )
 
 
 def read_model(path, names: tuple[str, ...]) -> tuple[dict, dict, dict[str, Tensors]]:

@@ -18,6 +18,7 @@ from sklearn.utils import Bunch
 from madad._version import __version__
 from madad.autoencoding import LatentAutoencoder
 from madad.baselines import TAILS, intensity_maps, residual_maps
+from madad.checkpoint import refuse_foreign
 from madad.datasets import load_slices, make_brain_slices
 from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.metrics import auprc, evaluate_maps
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def run_demo(options: argparse.Namespace) -> int:
     """``madad demo``: from data to a table, a picture and a saved model."""
+    refuse_foreign(options.out / "model")
     options.out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     with _timed(seconds, "data"):

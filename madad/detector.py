@@ -19,33 +19,14 @@ from madad._random import isolated_seed, spawn_seeds
 from madad._tensors import resolve_device, state_from_numpy, state_to_numpy
 from madad._validation import SliceStack
 from madad.anomaly_map import pool_map
-from madad.autoencoding import LATENT_STATISTICS, LatentAutoencoder, SliceEstimator
-from madad.checkpoint import from_json, read_model, to_json, write_model
+from madad.autoencoding import LatentAutoencoder, SliceEstimator
 from madad.denoising import OBJECTIVE_KNOBS, train_denoiser
-from madad.diffusion import ForeignLatents, GaussianNoise, MaskedDDIM, Mixture, NoiseSchedule, SmoothOffset
-from madad.nn import AutoencoderConfig, AutoencoderKL, MaskedUNet, UNetConfig
+from madad.diffusion import MaskedDDIM, NoiseSchedule
+from madad.nn import MaskedUNet
+from madad.persistence import load_detector, save_detector
 from madad.presets import INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
 from madad.restoration import RestoredBatch, maps_of, restore_batches
 from madad.training import Trainer
-
-FITTED_AUTOENCODER = ("n_features_in_", "image_shape_", "intensity_range_", "history_")
-FITTED = (*FITTED_AUTOENCODER, "preset_", "sampler_seed_", "n_timesteps_")
-CALIBRATED = ("offset_", "map_threshold_", "calibrated_with_")
-NOT_SAVED = {"memory": None, "device": "auto", "verbose": False}
-SAVED_CLASSES: dict[str, type] = {
-    allowed.__name__: allowed
-    for allowed in (
-        LatentAutoencoder,
-        Trainer,
-        AutoencoderConfig,
-        UNetConfig,
-        GaussianNoise,
-        ForeignLatents,
-        SmoothOffset,
-        Mixture,
-    )
-}
-SAVED_CLASSES["FrozenEstimator"] = FrozenEstimator
 
 
 class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
@@ -120,7 +101,8 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
     memory : None, str or joblib.Memory
         Caches the two training stages, so that a search over inference parameters trains once per fold.
     batch_size : int or None
-        Slices per forward pass; None = by the slice's size.
+        Slices per forward pass; None = by the slice's size. Powers of two keep a slice's result bitwise
+        independent of its place in the batch.
     device : str or torch.device
         ``"auto"`` = the first GPU, else the CPU.
     random_state : int, RandomState or None
@@ -357,30 +339,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
             If a parameter is of a kind that a file cannot hold.
         """
         check_is_fitted(self)
-        if not isinstance(self.denoiser_, MaskedUNet):
-            raise TypeError(
-                f"denoiser must be a MaskedUNet to be saved, got {type(self.denoiser_).__name__}. "
-                f"Pickle the estimator with joblib instead."
-            )
-        autoencoder = self.autoencoder_
-        config = {
-            "class": type(self).__name__,
-            "parameters": _parameters_to_json(self),
-            "fitted": {name: to_json(getattr(self, name)) for name in FITTED},
-            "denoiser": to_json(self.denoiser_.config),
-            "autoencoder": {
-                "parameters": _parameters_to_json(autoencoder),
-                "fitted": {name: to_json(getattr(autoencoder, name)) for name in FITTED_AUTOENCODER},
-                "network": to_json(autoencoder.config_),
-            },
-        }
-        latents = {name: getattr(autoencoder, name) for name in LATENT_STATISTICS}
-        tensors = {
-            "autoencoder": state_to_numpy(autoencoder.network_) | latents,
-            "denoiser": state_to_numpy(self.denoiser_),
-        }
-        calibration = {name: to_json(getattr(self, name)) for name in CALIBRATED}
-        write_model(path, config, calibration, tensors)
+        save_detector(self, path)
 
     @classmethod
     def load(cls, path) -> MaskedDiffusionAnomalyDetector:
@@ -392,43 +351,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
             If something is missing, damaged, of a newer format, or no detector. Nothing in the files is
             executed.
         """
-        config, calibration, tensors = read_model(path, ("autoencoder", "denoiser"))
-        if config.get("class") != cls.__name__:
-            raise ValueError(
-                f"{path} must hold a {cls.__name__}, got {config.get('class')!r}. Load it as that."
-            )
-        try:
-            with isolated_seed(0):  # building a network draws weights
-                return cls._from_parts(config, calibration, tensors)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} must hold the config and tensors that save() wrote, got parts that do not fit "
-                f"({type(error).__name__}: {error}). Save the model again."
-            ) from error
-
-    @classmethod
-    def _from_parts(cls, config: dict, calibration: dict, tensors: dict) -> MaskedDiffusionAnomalyDetector:
-        saved = config["autoencoder"]
-        autoencoder = LatentAutoencoder(**from_json(saved["parameters"], SAVED_CLASSES))
-        arrays = tensors["autoencoder"]
-        for name in LATENT_STATISTICS:
-            setattr(autoencoder, name, arrays.pop(name))
-        for name in FITTED_AUTOENCODER:
-            setattr(autoencoder, name, from_json(saved["fitted"][name], SAVED_CLASSES))
-        network = AutoencoderKL(from_json(saved["network"], SAVED_CLASSES))
-        autoencoder.network_ = state_from_numpy(network, arrays).eval()
-
-        detector = cls(**from_json(config["parameters"], SAVED_CLASSES))
-        if isinstance(detector.autoencoder, FrozenEstimator):
-            detector.autoencoder = FrozenEstimator(autoencoder)
-        detector.autoencoder_ = autoencoder
-        denoiser = MaskedUNet(from_json(config["denoiser"], SAVED_CLASSES))
-        detector.denoiser_ = state_from_numpy(denoiser, tensors["denoiser"]).eval()
-        for name in FITTED:
-            setattr(detector, name, from_json(config["fitted"][name], SAVED_CLASSES))
-        for name in CALIBRATED:
-            setattr(detector, name, from_json(calibration[name], SAVED_CLASSES))
-        return detector
+        return load_detector(cls, path)
 
     def _value_of(self, name: str):
         """A parameter, or what the preset has where it is None."""
@@ -516,7 +439,6 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
 
     def _restore_batches(self, stack: SliceStack, *, decode: bool) -> Iterator[RestoredBatch]:
         knobs = self._inference_knobs()
-        self.autoencoder_.device = self.device
         sampler = MaskedDDIM(knobs["n_steps"], knobs["eta"], knobs["mask_threshold"], knobs["step_spacing"])
         return restore_batches(
             self.autoencoder_,
@@ -526,6 +448,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
             NoiseSchedule.cosine(self.n_timesteps_),
             batch_size=self.batch_size or self.autoencoder_.batch_size_of(),
             seed=self.sampler_seed_,
+            device=resolve_device(self.device),
             decode=decode,
         )
 
@@ -568,15 +491,3 @@ def _fit_autoencoder(
     # it the next stage would not recognise what comes from the cache as what was trained here.
     with isolated_seed(0):  # building a network draws weights
         return pickle.loads(pickle.dumps(fitted))
-
-
-def _parameters_to_json(estimator) -> dict:
-    """Constructor parameters for ``config.json``, without what belongs to one machine or one run."""
-    parameters = estimator.get_params(deep=False)
-    if isinstance(parameters.get("autoencoder"), FrozenEstimator):
-        parameters["autoencoder"] = FrozenEstimator(None)  # the fitted one is saved beside it
-    if isinstance(parameters.get("denoiser"), MaskedUNet):
-        parameters["denoiser"] = parameters["denoiser"].config
-    if isinstance(parameters["random_state"], np.random.RandomState):
-        parameters["random_state"] = None
-    return to_json(parameters | {name: value for name, value in NOT_SAVED.items() if name in parameters})

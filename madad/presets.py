@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from madad.anomaly_map import ANOMALY_MAPS, DIFFERENCES, REFERENCES, smoothing_width
+
 INFERENCE_KNOBS = (
     "n_steps",
     "eta",
@@ -113,7 +115,15 @@ def choose_preset(preset: str, device: torch.device) -> str:
 
 
 def check_inference_knobs(knobs: dict) -> None:
-    """Refuse values of the inference knobs outside their ranges; the sampler and the maps check the rest."""
+    """Refuse values of the inference knobs outside their ranges, before anything is trained."""
+    for name, allowed in (
+        ("anomaly_map", ANOMALY_MAPS),
+        ("reference", REFERENCES),
+        ("map_difference", DIFFERENCES),
+    ):
+        if knobs[name] not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {knobs[name]!r}. Use {allowed[0]!r}.")
+    smoothing_width(knobs["smoothing_px"], 1, 1)
     if not 0 <= knobs["mask_threshold"] <= 1:
         raise ValueError(
             f"mask_threshold must lie in 0..1, got {knobs['mask_threshold']!r}. The paper's is 0.5."

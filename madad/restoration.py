@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from madad._random import generator_from
@@ -44,6 +45,7 @@ def restore_batches(
     *,
     batch_size: int,
     seed: int,
+    device: torch.device,
     decode: bool,
 ) -> Iterator[RestoredBatch]:
     """Encode slices, repair their latents and, if asked to, decode both.
@@ -51,9 +53,8 @@ def restore_batches(
     Parameters
     ----------
     autoencoder : LatentAutoencoder
-        Fitted, on the device to use.
+        Fitted.
     denoiser : nn.Module
-        On the same device.
     stack : SliceStack
     sampler : MaskedDDIM
     schedule : NoiseSchedule
@@ -62,10 +63,12 @@ def restore_batches(
         any company.
     seed : int
         Of the sampler's noise, which is the same for every slice.
+    device : torch.device
+        Both networks are moved there.
     decode : bool
         Decode the restored latents; where nothing was flagged in a batch, D(z) serves for both.
     """
-    device = autoencoder._to_device()
+    autoencoder.network_.to(device)
     denoiser.to(device)
     for index, n_valid in fixed_batches(len(stack), batch_size):
         brain = stack.brain(index)

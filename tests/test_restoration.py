@@ -63,6 +63,7 @@ def restore(autoencoder, flag, images=IMAGES, *, batch_size=4, decode=True, brai
             SCHEDULE,
             batch_size=batch_size,
             seed=seed,
+            device=torch.device("cpu"),
             decode=decode,
         )
     )
@@ -170,7 +171,7 @@ def test_networks_return_to_their_mode_and_the_global_generator_is_left_alone(au
     before = torch.get_rng_state()
     denoiser = Fake(by_value).train()
     stack = check_slices(IMAGES)
-    options = {"batch_size": 4, "seed": 0, "decode": True}
+    options = {"batch_size": 4, "seed": 0, "device": torch.device("cpu"), "decode": True}
     for _ in restore_batches(autoencoder, denoiser, stack, MaskedDDIM(2, 1.0), SCHEDULE, **options):
         assert denoiser.training and not torch.is_inference_mode_enabled()
     assert torch.equal(torch.get_rng_state(), before)
@@ -235,6 +236,7 @@ def test_more_steps_than_times_are_refused(autoencoder):
         SCHEDULE,
         batch_size=4,
         seed=0,
+        device=torch.device("cpu"),
         decode=False,
     )
     with pytest.raises(ValueError, match=r"n_steps must lie in 1\.\.10, .*got 11"):
