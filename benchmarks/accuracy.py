@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from sklearn.model_selection import GroupShuffleSplit
 from sklearn.utils import Bunch
 
 from madad import LatentAutoencoder, MaskedDiffusionAnomalyDetector, Trainer, __version__
@@ -30,7 +29,7 @@ from madad.plotting import summary_figure
 from madad.restoration import maps_of
 
 SPLIT_SEED = 0  # of the subjects; the networks' seeds vary, the split does not
-TEST_SHARE, VALIDATION_SHARE = 27 / 79, 0.23
+TEST_SHARE, VALIDATION_SHARE = 27 / 79, 12 / 79
 LEVEL = (0.62, 0.69)  # z_frac of the healthy cohort's slices, for the cross protocol
 MIN_LESION_PX = 15  # smaller lesions are not tested on
 PIXEL_SPECIFICITY = 0.99
@@ -98,7 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--autoencoder-steps", type=int, default=600)
-    parser.add_argument("--denoiser-steps", type=int, default=2500)
+    parser.add_argument("--denoiser-steps", type=int, default=4500)
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--preset", default="auto")
     parser.add_argument("--device", default="auto")
@@ -119,10 +118,7 @@ def within(options: argparse.Namespace) -> tuple[Bunch, Bunch]:
     """Lesion-free slices of the training subjects; each other subject's slice with the largest lesion."""
     data = load_slices(options.data, image=options.image, size=128, z_range=(0.35, 0.92))
     data = crop_to_brain(data, (112, 96))
-    rows = np.arange(len(data.images))
-    kept, held_out = split(data.subjects, rows, TEST_SHARE)
-    if options.validation:
-        kept, held_out = split(data.subjects, kept, VALIDATION_SHARE)
+    kept, held_out = split(data.subjects, options.validation)
     area = data.lesion_masks.sum(axis=(1, 2))
     train = kept[area[kept] == 0]
     test = []
@@ -145,11 +141,18 @@ def cross(options: argparse.Namespace) -> tuple[Bunch, Bunch]:
     return take(train, np.arange(len(train.images))), take(test, np.flatnonzero(area >= MIN_LESION_PX))
 
 
-def split(subjects: np.ndarray, rows: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the subjects to train on and of those held out."""
-    splitter = GroupShuffleSplit(1, test_size=share, random_state=SPLIT_SEED)
-    kept, held_out = next(splitter.split(rows, groups=subjects[rows]))
-    return rows[kept], rows[held_out]
+def split(subjects: np.ndarray, validation: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the subjects to train on and of those to test on.
+
+    A fixed permutation of the subjects gives the test subjects first, then the validation subjects. For
+    validation the test subjects are left out altogether; otherwise the validation subjects are trained on.
+    """
+    order = np.random.default_rng(SPLIT_SEED).permutation(np.unique(subjects))
+    n_test, n_validation = round(TEST_SHARE * len(order)), round(VALIDATION_SHARE * len(order))
+    test, held_out, train = np.split(order, [n_test, n_test + n_validation])
+    if validation:
+        return np.flatnonzero(np.isin(subjects, train)), np.flatnonzero(np.isin(subjects, held_out))
+    return np.flatnonzero(~np.isin(subjects, test)), np.flatnonzero(np.isin(subjects, test))
 
 
 def take(data: Bunch, rows: np.ndarray) -> Bunch:
@@ -169,14 +172,15 @@ def fitted(
         detector.calibration_rows_ = np.array(training["calibration_rows"])  # of the data: not in the model
         return detector, training["seconds"]
 
-    def trainer(steps: int, learning_rate: float) -> Trainer:
-        return Trainer(10**6, max_steps=steps, learning_rate=learning_rate, precision=options.precision)
+    def trainer(steps: int, learning_rate: float, batch_size: int) -> Trainer:
+        rest = {"batch_size": batch_size, "precision": options.precision}
+        return Trainer(10**6, max_steps=steps, learning_rate=learning_rate, **rest)
 
     overrides = dict(item.split("=", 1) for item in options.set)
     detector = MaskedDiffusionAnomalyDetector(
         options.preset,
-        autoencoder=LatentAutoencoder(trainer=trainer(options.autoencoder_steps, 2e-3)),
-        trainer=trainer(options.denoiser_steps, 1e-3),
+        autoencoder=LatentAutoencoder(trainer=trainer(options.autoencoder_steps, 2e-3, 32)),
+        trainer=trainer(options.denoiser_steps, 1e-3, 16),
         pixel_specificity=PIXEL_SPECIFICITY,
         device=options.device,
         random_state=seed,

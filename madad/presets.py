@@ -61,9 +61,14 @@ _ORIGINAL = _PAPER | {
 # Ours: masks and fills that look more like disease, and networks that a CPU can train.
 _SMALL = _PAPER | {
     "autoencoder": "auto",
-    "autoencoder_training": {"max_epochs": 200, "max_steps": 3000, "learning_rate": 2e-3},
+    "autoencoder_training": {"max_epochs": 10**6, "max_steps": 600, "learning_rate": 2e-3},
     "denoiser": "small",
-    "denoiser_training": {"max_epochs": 1000, "max_steps": 3000, "learning_rate": 1e-3},
+    "denoiser_training": {
+        "max_epochs": 10**6,
+        "max_steps": 4500,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+    },
     "corruption": "mixture",
     "mask_shape": "blobs",
     "mask_loss_weight": 1.0,

@@ -58,7 +58,7 @@ class ForeignLatents:
 
 @dataclass(frozen=True)
 class SmoothOffset:
-    """The tissue itself, moved in one direction of latent space, as a smooth lesion moves it.
+    """Tissue moved in one direction of latent space, as a smooth lesion moves it.
 
     Parameters
     ----------
@@ -73,15 +73,20 @@ class SmoothOffset:
         latents averaged over 5 x 5 positions, either sign) instead of a random one. Averaging leaves what
         an intensity shift moves and takes out texture. Where the two hardly differ (both background), the
         direction is random.
+    foreign_share : float
+        Probability that the moved tissue is another sample's (`ForeignLatents`) instead of the one that is
+        hidden. Only from such samples can the network learn to repaint what a lesion has replaced; from
+        the others it learns to shift it back.
     """
 
     magnitude: tuple[float, float] = (0.7, 4.0)
     noise: float = 0.05
     flatten: float = 0.6
     tissue_share: float = 0.9
+    foreign_share: float = 0.5
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
-        """``z0``, flattened towards zero, plus a slowly varying offset and little noise."""
+        """Tissue, flattened towards zero, plus a slowly varying offset and little noise."""
         n, c, h, w = z0.shape
         direction = torch.randn(n, c, 1, 1, generator=generator).to(z0)
         by_tissue = (torch.rand(n, 1, 1, 1, generator=generator) < self.tissue_share).to(z0.device)
@@ -94,7 +99,9 @@ class SmoothOffset:
         slow = 1 + 0.3 * smooth_field(n, 1, h, w, generator)
         noise = self.noise * torch.randn(z0.shape, generator=generator)
         kept = 1 - self.flatten * torch.rand(n, 1, 1, 1, generator=generator)
-        return kept.to(z0) * z0 + direction * (length * slow).to(z0) + noise.to(z0)
+        from_other = torch.rand(n, 1, 1, 1, generator=generator) < self.foreign_share
+        tissue = torch.where(from_other.to(z0.device), ForeignLatents().fill(z0, generator), z0)
+        return kept.to(z0) * tissue + direction * (length * slow).to(z0) + noise.to(z0)
 
     def _between_tissues(self, z0: Tensor, generator: torch.Generator) -> Tensor:
         """Differences of the averaged latents at two random places of each sample, (n, c, 1, 1)."""

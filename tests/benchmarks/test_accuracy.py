@@ -51,18 +51,17 @@ def run(accuracy, monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_split_keeps_subjects_together_and_rows_apart(accuracy):
+def test_split_keeps_subjects_together_and_the_test_subjects_apart(accuracy):
     subjects = np.repeat([f"s{i}" for i in range(79)], 3)
-    rows = np.arange(len(subjects))
-    kept, held_out = accuracy.split(subjects, rows, accuracy.TEST_SHARE)
-    assert sorted([*kept, *held_out]) == rows.tolist()
-    assert not set(subjects[kept]) & set(subjects[held_out])
-    assert len(set(subjects[held_out])) == 27
-    again = accuracy.split(subjects, rows, accuracy.TEST_SHARE)
-    np.testing.assert_array_equal(again[1], held_out)  # no seed of a network moves it
-    train, validation = accuracy.split(subjects, kept, accuracy.VALIDATION_SHARE)
-    assert set(train) | set(validation) == set(kept)
-    assert not set(subjects[train]) & set(subjects[validation])
+    train, test = accuracy.split(subjects, validation=False)
+    assert sorted([*train, *test]) == list(range(len(subjects)))
+    assert not set(subjects[train]) & set(subjects[test])
+    assert len(set(subjects[test])) == 27
+    chosen_on, validation = accuracy.split(subjects, validation=True)
+    assert len(set(subjects[validation])) == 12
+    assert set(chosen_on) | set(validation) == set(train)  # what is chosen never sees a test subject
+    assert not set(subjects[chosen_on]) & set(subjects[validation])
+    np.testing.assert_array_equal(accuracy.split(subjects, validation=False)[1], test)
 
 
 def test_best_intensity_finds_the_tail_of_the_lesion(accuracy, tmp_path):

@@ -120,9 +120,9 @@ def test_blob_centres_follow_the_weight():
     rows, columns = np.mgrid[:48, :48]
     brain = torch.from_numpy(np.hypot(rows - 15, columns - 15) < 12).float()
     weight = brain.expand(200, 1, 48, 48)
-    drawn = RandomBlobs().draw(200, 48, 48, seeded(), weight)
+    drawn = RandomBlobs(radius=(0.04, 0.2)).draw(200, 48, 48, seeded(), weight)
     assert float((drawn * weight).sum() / drawn.sum()) > 0.6
-    anywhere = RandomBlobs().draw(200, 48, 48, seeded())
+    anywhere = RandomBlobs(radius=(0.04, 0.2)).draw(200, 48, 48, seeded())
     assert float((anywhere * weight).sum() / anywhere.sum()) < 0.4
 
 
