@@ -73,17 +73,12 @@ class SmoothOffset:
         latents averaged over 5 x 5 positions, either sign) instead of a random one. Averaging leaves what
         an intensity shift moves and takes out texture. Where the two hardly differ (both background), the
         direction is random.
-    foreign_share : float
-        Probability that the moved tissue is another sample's (`ForeignLatents`) instead of the one that is
-        hidden. Only from such samples can the network learn to repaint what a lesion has replaced; from
-        the others it learns to shift it back.
     """
 
     magnitude: tuple[float, float] = (0.7, 4.0)
     noise: float = 0.05
     flatten: float = 0.6
     tissue_share: float = 0.9
-    foreign_share: float = 0.5
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
         """Tissue, flattened towards zero, plus a slowly varying offset and little noise."""
@@ -99,9 +94,7 @@ class SmoothOffset:
         slow = 1 + 0.3 * smooth_field(n, 1, h, w, generator)
         noise = self.noise * torch.randn(z0.shape, generator=generator)
         kept = 1 - self.flatten * torch.rand(n, 1, 1, 1, generator=generator)
-        from_other = torch.rand(n, 1, 1, 1, generator=generator) < self.foreign_share
-        tissue = torch.where(from_other.to(z0.device), ForeignLatents().fill(z0, generator), z0)
-        return kept.to(z0) * tissue + direction * (length * slow).to(z0) + noise.to(z0)
+        return kept.to(z0) * z0 + direction * (length * slow).to(z0) + noise.to(z0)
 
     def _between_tissues(self, z0: Tensor, generator: torch.Generator) -> Tensor:
         """Differences of the averaged latents at two random places of each sample, (n, c, 1, 1)."""

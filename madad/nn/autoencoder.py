@@ -63,45 +63,27 @@ class AutoencoderConfig:
 
 KL_F8 = AutoencoderConfig()
 
+
+def _fast(factor: int, latent_channels: int, base_channels: int, norm_groups: int = 32) -> AutoencoderConfig:
+    """One level behind a space-to-depth stem: no convolution at full resolution, no attention."""
+    return AutoencoderConfig(
+        latent_channels=latent_channels,
+        base_channels=base_channels,
+        channel_multipliers=(1,),
+        n_res_blocks=1,
+        patch_size=factor,
+        mid_attention=False,
+        norm_groups=norm_groups,
+        linear_shortcut=True,
+    )
+
+
 AUTOENCODER_SIZES: dict[str, AutoencoderConfig] = {
     "kl-f8": KL_F8,
-    "fast-f2": AutoencoderConfig(
-        latent_channels=3,
-        base_channels=32,
-        channel_multipliers=(1,),
-        n_res_blocks=1,
-        patch_size=2,
-        mid_attention=False,
-        linear_shortcut=True,
-    ),
-    "fast-f4": AutoencoderConfig(
-        latent_channels=8,
-        base_channels=32,
-        channel_multipliers=(1,),
-        n_res_blocks=1,
-        patch_size=4,
-        mid_attention=False,
-        linear_shortcut=True,
-    ),
-    "fast-f8": AutoencoderConfig(
-        latent_channels=16,
-        base_channels=64,
-        channel_multipliers=(1,),
-        n_res_blocks=1,
-        patch_size=8,
-        mid_attention=False,
-        linear_shortcut=True,
-    ),
-    "tiny": AutoencoderConfig(
-        latent_channels=2,
-        base_channels=8,
-        channel_multipliers=(1,),
-        n_res_blocks=1,
-        patch_size=4,
-        mid_attention=False,
-        norm_groups=4,
-        linear_shortcut=True,
-    ),
+    "fast-f2": _fast(2, latent_channels=3, base_channels=32),
+    "fast-f4": _fast(4, latent_channels=8, base_channels=32),
+    "fast-f8": _fast(8, latent_channels=16, base_channels=64),
+    "tiny": _fast(4, latent_channels=2, base_channels=8, norm_groups=4),
 }
 
 
