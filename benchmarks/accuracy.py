@@ -20,7 +20,13 @@ from pathlib import Path
 import numpy as np
 from sklearn.utils import Bunch
 
-from madad import LatentAutoencoder, MaskedDiffusionAnomalyDetector, Trainer, __version__
+from madad import (
+    IntensityAugmentation,
+    LatentAutoencoder,
+    MaskedDiffusionAnomalyDetector,
+    Trainer,
+    __version__,
+)
 from madad.anomaly_map import ANOMALY_MAPS
 from madad.baselines import TAILS, intensity_maps, residual_maps
 from madad.datasets import crop_to_brain, load_slices
@@ -77,6 +83,8 @@ def main() -> None:
         "test_subjects": sorted(set(test.subjects.tolist())),
         "steps_per_stage": [options.autoencoder_steps, options.denoiser_steps],
         "precision": options.precision,
+        "center": options.center,
+        "augmented_copies": options.augment,
         "methods": methods,
         "version": __version__,
     }
@@ -98,6 +106,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--autoencoder-steps", type=int, default=600)
     parser.add_argument("--denoiser-steps", type=int, default=4500)
+    parser.add_argument("--center", default="median", help="scale of a subject: median or mode of the brain")
+    parser.add_argument("--augment", type=int, default=0, metavar="N", help="augmented copies of each slice")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--preset", default="auto")
     parser.add_argument("--device", default="auto")
@@ -116,7 +126,9 @@ def parse() -> argparse.Namespace:
 
 def within(options: argparse.Namespace) -> tuple[Bunch, Bunch]:
     """Lesion-free slices of the training subjects; each other subject's slice with the largest lesion."""
-    data = load_slices(options.data, image=options.image, size=128, z_range=(0.35, 0.92))
+    data = load_slices(
+        options.data, image=options.image, size=128, z_range=(0.35, 0.92), center=options.center
+    )
     data = crop_to_brain(data, (112, 96))
     kept, held_out = split(data.subjects, options.validation)
     area = data.lesion_masks.sum(axis=(1, 2))
@@ -134,11 +146,14 @@ def cross(options: argparse.Namespace) -> tuple[Bunch, Bunch]:
     """All slices of the healthy cohort; the other cohort's slices with a lesion at the same level."""
     if options.validation:
         raise SystemExit("--validation needs lesions in the training cohort: use --protocol within.")
-    train = crop_to_brain(load_slices(options.data, image=options.image, spacing_mm=2.0), (96, 80))
-    test = load_slices(options.test, image=options.test_image, spacing_mm=2.0, z_range=LEVEL)
-    test = crop_to_brain(test, (96, 80))
-    area = test.lesion_masks.sum(axis=(1, 2))
-    return take(train, np.arange(len(train.images))), take(test, np.flatnonzero(area >= MIN_LESION_PX))
+    grid = {"spacing_mm": 2.0, "center": options.center}
+    train = crop_to_brain(load_slices(options.data, image=options.image, **grid), (96, 80))
+    # All slices set a subject's scale, so that a lesion that fills one slice does not; then the level is cut.
+    volumes = load_slices(options.test, image=options.test_image, **grid)
+    at_level = (volumes.z_frac >= LEVEL[0]) & (volumes.z_frac <= LEVEL[1])
+    large = volumes.lesion_masks.sum(axis=(1, 2)) >= MIN_LESION_PX
+    test = crop_to_brain(take(volumes, np.flatnonzero(at_level & large)), (96, 80))
+    return take(train, np.arange(len(train.images))), test
 
 
 def split(subjects: np.ndarray, validation: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -181,6 +196,7 @@ def fitted(
         options.preset,
         autoencoder=LatentAutoencoder(trainer=trainer(options.autoencoder_steps, 2e-3, 32)),
         trainer=trainer(options.denoiser_steps, 1e-3, 16),
+        augmentation=IntensityAugmentation(options.augment) if options.augment else None,
         pixel_specificity=PIXEL_SPECIFICITY,
         device=options.device,
         random_state=seed,

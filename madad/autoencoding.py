@@ -175,6 +175,9 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         tags.transformer_tags.preserves_dtype = []  # latents are float32 whatever the slices are
         return tags
 
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "history_")
+
     def fit(self, X, y=None, *, brain_mask=None):
         """Train on healthy slices.
 

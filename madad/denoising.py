@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from madad._random import generator_from, isolated_seed
 from madad._tensors import fixed_batches, inference, to_network
 from madad._validation import SliceStack
+from madad.augmentation import IntensityAugmentation
 from madad.diffusion import (
     CORRUPTIONS,
     EitherMask,
@@ -60,24 +61,43 @@ class LatentCache:
         return mean + (0.5 * logvar).exp() * noise
 
 
-def cache_latents(autoencoder, stack: SliceStack, *, flip: bool) -> LatentCache:
-    """Encode slices, and with ``flip`` their left-right mirror images too.
+def cache_latents(
+    autoencoder,
+    stack: SliceStack,
+    *,
+    flip: bool,
+    augmentation: IntensityAugmentation | None = None,
+    generator: torch.Generator | None = None,
+) -> LatentCache:
+    """Encode slices, with ``flip`` their left-right mirror images too, and augmented copies of both.
 
     Parameters
     ----------
     autoencoder : LatentAutoencoder
     stack : SliceStack
     flip : bool
+    augmentation : IntensityAugmentation or None
+    generator : torch.Generator or None
+        Source of the augmentation's randomness.
+
+    Returns
+    -------
+    LatentCache
+        Batch by batch, a batch's versions one after the other.
     """
     device, parts = autoencoder._to_device(), []
+    n_copies = 0 if augmentation is None else augmentation.n_copies
+    versions = [(mirrored, copy) for mirrored in range(1 + flip) for copy in range(1 + n_copies)]
     with inference(autoencoder.network_):
         for index, n_valid in fixed_batches(len(stack), autoencoder.batch_size_of()):
-            for mirrored in (False, True) if flip else (False,):
-                images, brain = stack.images(index), stack.brain(index)
-                if mirrored:
-                    images, brain = images[..., ::-1], brain[..., ::-1]
-                mean, logvar = autoencoder.encode(autoencoder.pad(to_network(images, device)))
-                fraction = autoencoder.brain_fraction(brain, device)
+            images, brain = stack.images(index), stack.brain(index)
+            for mirrored, copy in versions:
+                side = slice(None, None, -1 if mirrored else 1)
+                x = to_network(images[..., side].copy(), device)
+                if copy and augmentation is not None and generator is not None:
+                    x = augmentation(x, torch.from_numpy(brain[..., side].copy()).to(device), generator)
+                mean, logvar = autoencoder.encode(autoencoder.pad(x))
+                fraction = autoencoder.brain_fraction(brain[..., side], device)
                 parts.append([part[:n_valid].float().clone() for part in (mean, logvar, fraction)])
     return LatentCache(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -91,6 +111,7 @@ def train_denoiser(
     trainer: Trainer,
     seed: int,
     flip: bool = True,
+    augmentation: IntensityAugmentation | None = None,
     verbose: bool = False,
 ) -> tuple[nn.Module, list[dict]]:
     """Train a masked U-Net on the latents of healthy slices.
@@ -109,6 +130,8 @@ def train_denoiser(
     seed : int
     flip : bool
         Train on mirrored slices too.
+    augmentation : IntensityAugmentation or None
+        Train on copies with another contrast, brightness and bias field too.
     verbose : bool
 
     Returns
@@ -119,7 +142,8 @@ def train_denoiser(
         See `Trainer.optimise`.
     """
     loss = make_objective(**objective)
-    cache = cache_latents(autoencoder, stack, flip=flip)
+    generator = generator_from(seed)
+    cache = cache_latents(autoencoder, stack, flip=flip, augmentation=augmentation, generator=generator)
     with isolated_seed(seed):
         unet = make_denoiser(denoiser, cache.mean.shape[1]).to(cache.mean.device)
 
@@ -131,7 +155,7 @@ def train_denoiser(
             unet,
             batch_loss,
             len(cache),
-            generator=generator_from(seed),
+            generator=generator,
             batch_size=autoencoder.batch_size_of(),
             description="denoiser",
             verbose=verbose,

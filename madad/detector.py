@@ -19,6 +19,7 @@ from madad._random import isolated_seed, spawn_seeds
 from madad._tensors import resolve_device, state_from_numpy, state_to_numpy
 from madad._validation import SliceStack
 from madad.anomaly_map import pool_map
+from madad.augmentation import IntensityAugmentation
 from madad.autoencoding import LatentAutoencoder, SliceEstimator
 from madad.denoising import OBJECTIVE_KNOBS, train_denoiser
 from madad.diffusion import MaskedDDIM, NoiseSchedule
@@ -52,6 +53,9 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         as `madad.nn.MaskedUNet` is.
     trainer : Trainer or None
         Trains the denoiser; the autoencoder has its own.
+    augmentation : IntensityAugmentation or None
+        Further copies of the healthy slices for the denoiser, with another contrast, brightness and bias
+        field. Worth it where scanners differ between training and use; None = no copies.
     corruption : {"gaussian", "mixture"}, Corruption or None
         What fills masked latents in training: Gaussian noise (the paper) or a mixture of it with foreign
         latents and smooth offsets.
@@ -150,6 +154,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         autoencoder=None,
         denoiser=None,
         trainer: Trainer | None = None,
+        augmentation: IntensityAugmentation | None = None,
         corruption=None,
         mask_shape: str | None = None,
         mask_ratio=None,
@@ -184,6 +189,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         self.autoencoder = autoencoder
         self.denoiser = denoiser
         self.trainer = trainer
+        self.augmentation = augmentation
         self.corruption = corruption
         self.mask_shape = mask_shape
         self.mask_ratio = mask_ratio
@@ -240,7 +246,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
 
         memory = check_memory(self.memory)
         if isinstance(self.autoencoder, FrozenEstimator):
-            self.autoencoder_ = self.autoencoder.estimator
+            self.autoencoder_ = self._check_shared(self.autoencoder.estimator, stack)
         else:
             cached = memory.cache(_fit_autoencoder, ignore=["verbose"])
             unfitted = self._make_autoencoder(autoencoder_seed)
@@ -253,6 +259,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
             objective={name: self._value_of(name) for name in OBJECTIVE_KNOBS},
             trainer=self._make_trainer(),
             seed=denoiser_seed,
+            augmentation=self.augmentation,
             # one column is its own mirror image
             flip=getattr(self.autoencoder_, "flip", False) and self.image_shape_[-1] > 1,
             verbose=self.verbose,
@@ -260,6 +267,9 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         self.n_timesteps_ = self._value_of("n_timesteps")
         self._calibrate(stack, held_out)
         return self
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "calibrated_with_")  # set last: a failed fit leaves an unfitted estimator
 
     def calibrate(self, X, *, brain_mask=None):
         """Set both thresholds anew from healthy slices that were not trained on.
@@ -405,6 +415,21 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
             )
         shared = {"device": self.device, "image_shape": None, "intensity_range": (0.0, 1.0), "verbose": False}
         return clone(autoencoder).set_params(**shared, random_state=seed)
+
+    def _check_shared(self, autoencoder, stack: SliceStack) -> LatentAutoencoder:
+        """A fitted autoencoder that others use too must have seen slices of the same shape."""
+        if not isinstance(autoencoder, LatentAutoencoder):
+            raise TypeError(
+                f"autoencoder must be FrozenEstimator(LatentAutoencoder) when it is shared, "
+                f"got {autoencoder!r}. Fit a LatentAutoencoder first."
+            )
+        check_is_fitted(autoencoder)
+        if autoencoder.image_shape_ != stack.image_shape:
+            raise ValueError(
+                f"autoencoder must be fitted on slices of shape {stack.image_shape}, "
+                f"got {autoencoder.image_shape_}. Fit it on slices of this size."
+            )
+        return autoencoder
 
     def _make_trainer(self) -> Trainer:
         if self.trainer is not None:

@@ -9,6 +9,7 @@ from sklearn.frozen import FrozenEstimator
 
 from madad._random import isolated_seed
 from madad._tensors import state_from_numpy, state_to_numpy
+from madad.augmentation import IntensityAugmentation
 from madad.autoencoding import LATENT_STATISTICS, LatentAutoencoder
 from madad.checkpoint import from_json, read_model, to_json, write_model
 from madad.diffusion import ForeignLatents, GaussianNoise, Mixture, SmoothOffset
@@ -26,6 +27,7 @@ SAVED_CLASSES: dict[str, type] = {
     for allowed in (
         LatentAutoencoder,
         Trainer,
+        IntensityAugmentation,
         AutoencoderConfig,
         UNetConfig,
         GaussianNoise,

@@ -911,3 +911,21 @@ def test_progress_is_shown_on_request_only(healthy, capsys):
     for stage in ("autoencoder", "denoiser"):
         bar = shown[shown.rindex(f"{stage}: 100%") :]
         assert "loss=" in bar.split("\r")[0]
+
+
+def test_a_failed_fit_leaves_an_unfitted_estimator(healthy):
+    detector = strict_detector(trainer=Trainer(0))
+    with pytest.raises(ValueError, match=r"max_epochs must be positive, got 0"):
+        detector.fit(healthy)
+    with pytest.raises(NotFittedError):
+        detector.predict_maps(healthy)
+
+
+def test_a_shared_autoencoder_must_fit_the_slices(healthy):
+    of_another_size = tiny_autoencoder(intensity_range=(0.0, 1.0)).fit(make_slices(8, 20, 20))
+    with pytest.raises(ValueError, match=r"autoencoder must be fitted on slices of shape \(1, 16, 16\)"):
+        strict_detector(autoencoder=FrozenEstimator(of_another_size)).fit(healthy)
+    with pytest.raises(NotFittedError):
+        strict_detector(autoencoder=FrozenEstimator(tiny_autoencoder())).fit(healthy)
+    with pytest.raises(TypeError, match=r"FrozenEstimator\(LatentAutoencoder\).*got Trainer"):
+        strict_detector(autoencoder=FrozenEstimator(Trainer())).fit(healthy)

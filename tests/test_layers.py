@@ -17,7 +17,7 @@ LEVELS = [
     {"_version", "_tensors", "_random", "_validation", "_unpickling"},
     {"mri"},
     {"anomaly_map", "metrics", "diffusion", "nn", "datasets"},
-    {"training", "checkpoint", "pretrained", "plotting"},
+    {"training", "augmentation", "checkpoint", "pretrained", "plotting"},
     {"autoencoding", "denoising", "restoration", "presets"},
     {"persistence"},
     {"detector", "baselines"},

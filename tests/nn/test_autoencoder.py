@@ -40,7 +40,7 @@ def test_factor_relates_images_and_latents(config, cells):
 
 def test_factors_of_the_named_sizes():
     factors = {name: config.factor for name, config in AUTOENCODER_SIZES.items()}
-    assert factors == {"kl-f8": 8, "fast-f4": 4, "fast-f8": 8, "tiny": 4}
+    assert factors == {"kl-f8": 8, "fast-f2": 2, "fast-f4": 4, "fast-f8": 8, "tiny": 4}
 
 
 def test_kl_f8_has_stable_diffusions_number_of_parameters():
