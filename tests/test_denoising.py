@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from madad import IntensityAugmentation
 from madad._validation import check_slices
 from madad.datasets import make_brain_slices
 from madad.denoising import (
@@ -104,6 +105,16 @@ def test_rows_of_the_cache_belong_together(in_threes):
         for mean, logvar, fraction in zip(alone.mean, alone.logvar, alone.brain_fraction, strict=True):
             i = by_mean[mean.numpy().tobytes()]
             assert torch.equal(cache.logvar[i], logvar) and torch.equal(cache.brain_fraction[i], fraction)
+
+
+def test_augmented_copies_join_the_slices_and_their_mirror_images(in_threes):
+    augmentation = IntensityAugmentation(n_copies=2)
+    cache = cache_latents(in_threes, STACK, flip=True, augmentation=augmentation, generator=seeded())
+    plain = cache_latents(in_threes, STACK, flip=True)
+    assert len(cache) == 3 * len(plain) and rows_of(plain.mean) < rows_of(cache.mean)
+    assert rows_of(cache.brain_fraction) == rows_of(plain.brain_fraction)
+    again = cache_latents(in_threes, STACK, flip=True, augmentation=augmentation, generator=seeded())
+    assert torch.equal(cache.mean, again.mean)
 
 
 def test_samples_have_the_mean_and_variance_of_the_posterior():
