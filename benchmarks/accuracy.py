@@ -27,7 +27,7 @@ from madad import (
     Trainer,
     __version__,
 )
-from madad.anomaly_map import ANOMALY_MAPS
+from madad.anomaly_map import ANOMALY_MAPS, healthy_threshold
 from madad.baselines import TAILS, intensity_maps, residual_maps
 from madad.datasets import crop_to_brain, load_slices
 from madad.metrics import auprc, bootstrap_ci, dice_per_image, evaluate_maps
@@ -109,7 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--center", default="median", help="scale of a subject: median or mode of the brain")
     parser.add_argument("--augment", type=int, default=0, metavar="N", help="augmented copies of each slice")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--preset", default="auto")
+    parser.add_argument("--preset", default="small")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="detector parameters")
     parser.add_argument("--shown", choices=ANOMALY_MAPS, default="image", help="map of the picture")
@@ -181,8 +181,14 @@ def fitted(
 ) -> tuple[MaskedDiffusionAnomalyDetector, float]:
     """The detector of one seed, from disk if it is there; and the seconds its training took."""
     path, run = options.out / f"model-{seed}", options.out / f"run-{seed}.json"
+    wanted = training_options(options) | {"n_train": len(train.images)}
     if path.exists():
         training = json.loads(run.read_text())
+        if training["options"] != wanted:
+            raise SystemExit(
+                f"--out must be new or hold runs of the same options, got {options.out} with models of "
+                f"{training['options']}. Choose another directory."
+            )
         detector = MaskedDiffusionAnomalyDetector.load(path)
         detector.calibration_rows_ = np.array(training["calibration_rows"])  # of the data: not in the model
         return detector, training["seconds"]
@@ -206,9 +212,17 @@ def fitted(
     start = time.monotonic()
     detector.fit(train.images, brain_mask=train.brain_masks, groups=train.subjects)
     seconds = time.monotonic() - start
-    run.write_text(json.dumps({"seconds": seconds, "calibration_rows": detector.calibration_rows_.tolist()}))
+    rows = detector.calibration_rows_.tolist()
+    run.write_text(json.dumps({"options": wanted, "seconds": seconds, "calibration_rows": rows}))
     detector.save(path)
     return detector, seconds
+
+
+def training_options(options: argparse.Namespace) -> dict[str, str]:
+    """What a model depends on, apart from its seed."""
+    names = set(vars(options)) - {"out", "seeds", "shown", "device", "test", "test_image"}
+    values = {name: getattr(options, name) for name in sorted(names)}
+    return {name: value.name if isinstance(value, Path) else str(value) for name, value in values.items()}
 
 
 def maps_and_thresholds(
@@ -231,7 +245,7 @@ def maps_and_thresholds(
     maps |= all_maps(detector, test)
     calibration |= all_maps(detector, healthy)
     thresholds = {
-        name: float(np.quantile(values[healthy.brain_masks], PIXEL_SPECIFICITY))
+        name: healthy_threshold(values[healthy.brain_masks], PIXEL_SPECIFICITY)
         for name, values in calibration.items()
     }
     return maps, thresholds
@@ -282,7 +296,7 @@ def draw(path: Path, detector: MaskedDiffusionAnomalyDetector, test: Bunch, maps
     summary_figure(
         path,
         images=test.images[rows],
-        restored=np.where(test.brain_masks[rows], restored, 0),
+        restored=restored,
         anomaly_maps=maps[rows],
         lesion_masks=test.lesion_masks[rows],
         titles=[f"lesion {area[row]} px" for row in rows],

@@ -26,6 +26,7 @@ def isolated_seed(seed: int) -> Iterator[None]:
 
     Initialising modules and dropout are such code.
     """
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
         yield

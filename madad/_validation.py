@@ -24,7 +24,7 @@ class SliceStack:
     intensity_range : tuple (low, high)
         What is mapped to 0..1.
     brain_mask : ndarray of bool with the axes of ``values`` without channels, or None
-        None = where a value of any channel is above 0.
+        None = where a value of any channel is above the low end of ``intensity_range``: the background.
     rows : ndarray of int or None
         The samples of ``values`` that belong to this stack; None = all.
     """
@@ -63,7 +63,7 @@ class SliceStack:
         if self.brain_mask is not None:
             chosen = self._take(self.brain_mask, index).astype(bool)
             return _fold(chosen.reshape(len(chosen), -1), height * width).reshape(-1, 1, height, width)
-        values = np.asarray(self._take(self.values, index) > 0)
+        values = np.asarray(self._take(self.values, index) > self.intensity_range[0])
         if self.is_flat:
             values = _fold(values, math.prod(self.image_shape))
         return np.asarray(values.reshape(-1, *self.image_shape).any(axis=1, keepdims=True))

@@ -123,6 +123,16 @@ def pool_map(anomaly_map: np.ndarray, brain_mask: np.ndarray, top_share: float =
     return scores
 
 
+def healthy_threshold(values: np.ndarray, specificity: float) -> float:
+    """The smallest float32 above the ``specificity`` quantile of healthy pixels' maps.
+
+    To be compared with ``>=``: where most healthy pixels are exactly 0, none of them is called anomalous.
+    Without any pixel it is the smallest number above 0.
+    """
+    quantile = np.quantile(values, specificity) if values.size else 0.0
+    return float(np.nextafter(np.float32(quantile), np.float32(np.inf)))
+
+
 def _check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}. Use {allowed[0]!r}.")

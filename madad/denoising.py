@@ -67,7 +67,7 @@ def cache_latents(
     *,
     flip: bool,
     augmentation: IntensityAugmentation | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator,
 ) -> LatentCache:
     """Encode slices, with ``flip`` their left-right mirror images too, and augmented copies of both.
 
@@ -77,13 +77,14 @@ def cache_latents(
     stack : SliceStack
     flip : bool
     augmentation : IntensityAugmentation or None
-    generator : torch.Generator or None
+    generator : torch.Generator
         Source of the augmentation's randomness.
 
     Returns
     -------
     LatentCache
-        Batch by batch, a batch's versions one after the other.
+        Batch by batch, a batch's versions one after the other; in memory, on the autoencoder's device: twice
+        (mean and log-variance) ``latent_channels / factor^2`` of the float32 images, times the versions.
     """
     device, parts = autoencoder._to_device(), []
     n_copies = 0 if augmentation is None else augmentation.n_copies
@@ -94,7 +95,7 @@ def cache_latents(
             for mirrored, copy in versions:
                 side = slice(None, None, -1 if mirrored else 1)
                 x = to_network(images[..., side].copy(), device)
-                if copy and augmentation is not None and generator is not None:
+                if copy and augmentation is not None:
                     x = augmentation(x, torch.from_numpy(brain[..., side].copy()).to(device), generator)
                 mean, logvar = autoencoder.encode(autoencoder.pad(x))
                 fraction = autoencoder.brain_fraction(brain[..., side], device)
@@ -165,16 +166,21 @@ def train_denoiser(
 
 def make_denoiser(denoiser: str | UNetConfig | nn.Module, latent_channels: int) -> nn.Module:
     """Build a U-Net for latents of so many channels; a module is taken as it is."""
+    check_denoiser(denoiser)
     if isinstance(denoiser, nn.Module):
         return denoiser
-    if isinstance(denoiser, str) and denoiser in UNET_SIZES:
-        denoiser = UNET_SIZES[denoiser]
-    if not isinstance(denoiser, UNetConfig):
-        raise ValueError(
-            f"denoiser must be one of {sorted(UNET_SIZES)}, a UNetConfig or an nn.Module, "
-            f"got {denoiser!r}. Use 'small'."
-        )
-    return MaskedUNet(replace(denoiser, latent_channels=latent_channels))
+    config = UNET_SIZES[denoiser] if isinstance(denoiser, str) else denoiser
+    return MaskedUNet(replace(config, latent_channels=latent_channels))
+
+
+def check_denoiser(denoiser) -> None:
+    """Raise ValueError for what `make_denoiser` cannot make a network of."""
+    if isinstance(denoiser, UNetConfig | nn.Module) or (isinstance(denoiser, str) and denoiser in UNET_SIZES):
+        return
+    raise ValueError(
+        f"denoiser must be one of {sorted(UNET_SIZES)}, a UNetConfig or an nn.Module, "
+        f"got {denoiser!r}. Use 'small'."
+    )
 
 
 def make_objective(
@@ -197,11 +203,11 @@ def make_objective(
                 f"got {corruption!r}. The paper's is 'gaussian'."
             )
         corruption = CORRUPTIONS[corruption]
-    probabilities = mask_patch_probabilities
-    if probabilities is not None and len(probabilities) != len(mask_patch_sizes):
-        probabilities = None if len(set(probabilities)) == 1 else probabilities
-    patches = RandomPatches(_hashable(mask_ratio), tuple(mask_patch_sizes), _hashable(probabilities))
-    masks = {"patches": patches, "blobs": RandomBlobs(), "either": EitherMask(patches)}
+    patches = RandomPatches(
+        _hashable(mask_ratio), tuple(mask_patch_sizes), _hashable(mask_patch_probabilities)
+    )
+    blobs = RandomBlobs.of_ratio(patches.ratio)
+    masks = {"patches": patches, "blobs": blobs, "either": EitherMask(patches, blobs)}
     if mask_shape not in masks:
         raise ValueError(f"mask_shape must be one of {MASK_SHAPES}, got {mask_shape!r}. Use 'patches'.")
     if not mask_loss_weight >= 0:

@@ -18,14 +18,14 @@ from torch import nn
 from madad._random import isolated_seed, spawn_seeds
 from madad._tensors import resolve_device, state_from_numpy, state_to_numpy
 from madad._validation import SliceStack
-from madad.anomaly_map import pool_map
+from madad.anomaly_map import healthy_threshold, pool_map
 from madad.augmentation import IntensityAugmentation
 from madad.autoencoding import LatentAutoencoder, SliceEstimator
-from madad.denoising import OBJECTIVE_KNOBS, train_denoiser
+from madad.denoising import OBJECTIVE_KNOBS, check_denoiser, make_objective, train_denoiser
 from madad.diffusion import MaskedDDIM, NoiseSchedule
 from madad.nn import MaskedUNet
 from madad.persistence import load_detector, save_detector
-from madad.presets import INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
+from madad.presets import IMAGE_MAP_KNOBS, INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
 from madad.restoration import RestoredBatch, maps_of, restore_batches
 from madad.training import Trainer
 
@@ -62,7 +62,8 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
     mask_shape : {"patches", "blobs", "either"} or None
         Shape of the masked regions; patches are the paper's.
     mask_ratio : float, (float, float) or None
-        Share of masked positions, drawn uniformly per slice; one number means (0, number).
+        Share of masked positions, drawn uniformly per slice; one number means (0, number). The area of
+        blobs goes with its upper end.
     mask_patch_sizes, mask_patch_probabilities : tuple or None
         Sides of the patches in latent positions, and how likely each is.
     brain_rule : {"paper", "original"} or None
@@ -88,7 +89,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
     map_difference : {"absolute", "squared"} or None
         Of the image map.
     gamma : float or None
-        Clip of the image map on the network's scale of -1..1; ``math.inf`` = no clipping.
+        Clip of the image map (not of the others) on the network's scale of -1..1; ``math.inf`` = no clipping.
     smoothing_px : float or None
         Standard deviation of the Gaussian over the map; None = 5 px at 256, scaled to the slice's size.
     contamination : "auto" or float in (0, 0.5]
@@ -120,7 +121,8 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
     offset_ : float
         ``decision_function = score_samples - offset_``.
     map_threshold_ : float
-        Pixels of a map above it are anomalous.
+        Pixels of a map that reach it are anomalous; the smallest value above the stated share of healthy
+        pixels.
     preset_ : str
         The preset that applied.
     image_shape_, intensity_range_, n_features_in_, history_ :
@@ -237,6 +239,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         -------
         self
         """
+        vars(self).pop("calibrated_with_", None)  # not fitted any more, until all is done
         self.preset_ = choose_preset(self.preset, resolve_device(self.device))
         stack = self._check_fit_slices(X, brain_mask)
         self._check_fit_parameters(stack)
@@ -299,18 +302,22 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         return stack.unfold(maps)
 
     def predict_masks(self, X, *, brain_mask=None) -> np.ndarray:
-        """Pixels whose map exceeds ``map_threshold_``: bool, shape as `predict_maps`."""
+        """Pixels whose map reaches ``map_threshold_``: bool, shape as `predict_maps`."""
         check_is_fitted(self)
         self._warn_if_stale()
-        return self.predict_maps(X, brain_mask=brain_mask) > self.map_threshold_
+        return self.predict_maps(X, brain_mask=brain_mask) >= np.float32(self.map_threshold_)
 
     def restore(self, X, *, brain_mask=None) -> np.ndarray:
-        """The pseudo-healthy slices: float32 in 0..1 (``intensity_range_`` mapped to it), shape of ``X``."""
+        """The pseudo-healthy slices: float32 in 0..1, shape of ``X``, 0 outside the brain.
+
+        ``intensity_range_`` is what 0..1 stands for.
+        """
         stack = self._check_slices(X, brain_mask)
         restored = np.empty((len(stack), *self.image_shape_), np.float32)
         start = 0
         for batch in self._restore_batches(stack, decode=True):
-            restored[start : start + len(batch.x)] = np.clip((batch.restored + 1) / 2, 0, 1)
+            images = np.clip((batch.restored + 1) / 2, 0, 1)
+            restored[start : start + len(batch.x)] = np.where(batch.brain[:, None], images, 0)
             start += len(batch.x)
         if stack.is_flat:
             return restored.reshape(len(restored), -1)[:, : self.n_features_in_]
@@ -390,6 +397,9 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
                     f"{name} must lie between 0 and 1, got {getattr(self, name)!r}. "
                     f"The default is a good start."
                 )
+        make_objective(**{name: self._value_of(name) for name in OBJECTIVE_KNOBS})
+        check_denoiser(self._value_of("denoiser"))
+        self._make_trainer().check()
         knobs = self._inference_knobs()
         NoiseSchedule.cosine(self._value_of("n_timesteps")).timesteps(knobs["n_steps"], knobs["step_spacing"])
 
@@ -429,6 +439,12 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
                 f"autoencoder must be fitted on slices of shape {stack.image_shape}, "
                 f"got {autoencoder.image_shape_}. Fit it on slices of this size."
             )
+        if autoencoder.intensity_range == "data" or self.intensity_range == "data":
+            if autoencoder.intensity_range_ != stack.intensity_range:
+                raise ValueError(
+                    f"autoencoder must be fitted with intensity_range {stack.intensity_range}, "
+                    f"got {autoencoder.intensity_range_}. Give both estimators the same numbers."
+                )
         return autoencoder
 
     def _make_trainer(self) -> Trainer:
@@ -442,8 +458,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         for _, maps, brain in self._map_batches(stack.subset(healthy)):
             pooled.append(pool_map(maps, brain))
             pixels.append(maps[brain])
-        values = np.concatenate(pixels)
-        self.map_threshold_ = float(np.quantile(values, self.pixel_specificity)) if values.size else 0.0
+        self.map_threshold_ = healthy_threshold(np.concatenate(pixels), self.pixel_specificity)
         if self.contamination == "auto":
             self.offset_ = float(-np.quantile(np.concatenate(pooled), self.image_specificity))
         else:
@@ -452,7 +467,12 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
 
     def _warn_if_stale(self) -> None:
         knobs = self._inference_knobs()
-        changed = {name: value for name, value in knobs.items() if value != self.calibrated_with_[name]}
+        unused = () if knobs["anomaly_map"] == "image" else IMAGE_MAP_KNOBS
+        changed = {
+            name: value
+            for name, value in knobs.items()
+            if value != self.calibrated_with_[name] and name not in unused
+        }
         if changed:
             before = {name: self.calibrated_with_[name] for name in changed}
             warnings.warn(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 import numpy as np
+from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 
 from madad._random import isolated_seed
@@ -75,7 +76,7 @@ def load_detector(cls: type[Detector], path) -> Detector:
     try:
         with isolated_seed(0):  # building a network draws weights
             return _from_parts(cls, config, calibration, tensors)
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, IndexError) as error:
         raise ValueError(
             f"{path} must hold the config and tensors that save() wrote, got parts that do not fit "
             f"({type(error).__name__}: {error}). Save the model again."
@@ -114,6 +115,11 @@ def _parameters_to_json(estimator) -> dict:
         parameters["autoencoder"] = FrozenEstimator(None)  # the fitted one is saved beside it
     if isinstance(parameters.get("denoiser"), MaskedUNet):
         parameters["denoiser"] = parameters["denoiser"].config
+    if isinstance(parameters.get("autoencoder"), LatentAutoencoder):
+        own = clone(parameters["autoencoder"]).set_params(device="auto")
+        if isinstance(own.random_state, np.random.RandomState):
+            own.set_params(random_state=None)
+        parameters["autoencoder"] = own
     if isinstance(parameters["random_state"], np.random.RandomState):
         parameters["random_state"] = None
     return to_json(parameters | {name: value for name, value in NOT_SAVED.items() if name in parameters})

@@ -36,7 +36,7 @@ def summary_figure(
     -------
     Path
     """
-    plt = _matplotlib()
+    plt = require_matplotlib()
     n = len(images)
     low, high = map_range or (0.0, max(float(np.quantile(anomaly_maps, 0.999)), 1e-6))
     figure, axes = plt.subplots(n, 4, figsize=(8.4, 2.05 * n + 0.5), squeeze=False, layout="constrained")
@@ -60,7 +60,8 @@ def summary_figure(
     return _save(figure, plt, Path(path))
 
 
-def _matplotlib():
+def require_matplotlib():
+    """Matplotlib's pyplot, or an ImportError that names the extra."""
     try:
         import matplotlib
     except ImportError as error:

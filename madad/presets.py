@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from madad.anomaly_map import ANOMALY_MAPS, DIFFERENCES, REFERENCES, smoothing_width
+from madad.nn import UNET_SIZES
 
 INFERENCE_KNOBS = (
     "n_steps",
@@ -20,6 +22,8 @@ INFERENCE_KNOBS = (
     "smoothing_px",
 )
 
+IMAGE_MAP_KNOBS = ("reference", "map_difference", "gamma")
+
 # The equations and choices of the paper; where it is silent, the original code's (METHOD, sections 1 and 2).
 _PAPER = {
     "autoencoder": "kl-f8",
@@ -30,7 +34,7 @@ _PAPER = {
     "mask_shape": "patches",
     "mask_ratio": 0.4,
     "mask_patch_sizes": (1, 2, 4, 8),
-    "mask_patch_probabilities": (0.25, 0.25, 0.25, 0.25),
+    "mask_patch_probabilities": None,
     "brain_rule": "paper",
     "mask_loss": "bce",
     "mask_loss_weight": 0.001,
@@ -48,6 +52,7 @@ _PAPER = {
 
 # What the published code does where it differs from its paper (METHOD, section 2).
 _ORIGINAL = _PAPER | {
+    "denoiser": replace(UNET_SIZES["L"], dropout=0.4),
     "denoiser_training": {"max_epochs": 200, "batch_size": 96, "learning_rate": 4e-5, "ema_decay": 0.0},
     "mask_patch_probabilities": (0.2, 0.3, 0.3, 0.2),
     "brain_rule": "original",
@@ -89,8 +94,6 @@ _TINY = _SMALL | {
 }
 
 _BASE = _SMALL | {
-    "autoencoder": "kl-f8",
-    "autoencoder_training": {"max_epochs": 100, "learning_rate": 2e-4},
     "denoiser": "S",
     "denoiser_training": {"max_epochs": 300, "learning_rate": 2e-4},
 }

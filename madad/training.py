@@ -103,7 +103,7 @@ class Trainer(BaseEstimator):
         history : list of dict
             Per epoch: ``step``, ``loss``, each part, ``learning_rate``, ``samples_per_second``.
         """
-        self._check()
+        self.check()
         batch_size = min(self.batch_size or batch_size, n_samples)
         n_batches = n_samples // batch_size
         total_steps = min(self.max_epochs * n_batches, self.max_steps or math.inf)
@@ -115,7 +115,8 @@ class Trainer(BaseEstimator):
 
         history, step, start = [], 0, time.monotonic()
         module.train()
-        with tqdm(total=total_steps, desc=description, disable=not verbose, unit="step") as bar:
+        total = total_steps if self.max_time is None else None  # by time, the number of steps is open
+        with tqdm(total=total, desc=description, disable=not verbose, unit="step") as bar:
             while step < total_steps and not self._out_of_time(start):
                 totals: dict[str, Tensor | float] = {}
                 epoch_start, first = time.monotonic(), step
@@ -150,7 +151,8 @@ class Trainer(BaseEstimator):
         module.eval()
         return history
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Refuse parameters outside their ranges."""
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"precision must be one of {PRECISIONS}, got {self.precision!r}. Use 'auto' or 'float32'."

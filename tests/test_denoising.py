@@ -69,7 +69,7 @@ def rows_of(tensor):
 
 
 def test_the_cache_holds_the_scaled_posterior(in_threes):
-    cache = cache_latents(in_threes, STACK, flip=False)
+    cache = cache_latents(in_threes, STACK, flip=False, generator=seeded())
     assert len(cache) == 10
     np.testing.assert_array_equal(cache.mean, in_threes.transform(IMAGES))
     with torch.inference_mode():
@@ -85,9 +85,11 @@ def test_the_cache_holds_the_scaled_posterior(in_threes):
 def test_mirrored_copies_are_the_encoded_mirrored_slices(autoencoder, batch_size):
     autoencoder.batch_size = batch_size
     try:
-        cache = cache_latents(autoencoder, STACK, flip=True)
-        mirrored = cache_latents(autoencoder, check_slices(IMAGES[..., ::-1].copy()), flip=False)
-        plain = cache_latents(autoencoder, STACK, flip=False)
+        cache = cache_latents(autoencoder, STACK, flip=True, generator=seeded())
+        mirrored = cache_latents(
+            autoencoder, check_slices(IMAGES[..., ::-1].copy()), flip=False, generator=seeded()
+        )
+        plain = cache_latents(autoencoder, STACK, flip=False, generator=seeded())
     finally:
         autoencoder.batch_size = None
     assert len(cache) == 20
@@ -98,10 +100,10 @@ def test_mirrored_copies_are_the_encoded_mirrored_slices(autoencoder, batch_size
 
 
 def test_rows_of_the_cache_belong_together(in_threes):
-    cache = cache_latents(in_threes, STACK, flip=True)
+    cache = cache_latents(in_threes, STACK, flip=True, generator=seeded())
     by_mean = {mean.numpy().tobytes(): i for i, mean in enumerate(cache.mean)}
     for images in (IMAGES, IMAGES[..., ::-1].copy()):
-        alone = cache_latents(in_threes, check_slices(images), flip=False)
+        alone = cache_latents(in_threes, check_slices(images), flip=False, generator=seeded())
         for mean, logvar, fraction in zip(alone.mean, alone.logvar, alone.brain_fraction, strict=True):
             i = by_mean[mean.numpy().tobytes()]
             assert torch.equal(cache.logvar[i], logvar) and torch.equal(cache.brain_fraction[i], fraction)
@@ -110,7 +112,7 @@ def test_rows_of_the_cache_belong_together(in_threes):
 def test_augmented_copies_join_the_slices_and_their_mirror_images(in_threes):
     augmentation = IntensityAugmentation(n_copies=2)
     cache = cache_latents(in_threes, STACK, flip=True, augmentation=augmentation, generator=seeded())
-    plain = cache_latents(in_threes, STACK, flip=True)
+    plain = cache_latents(in_threes, STACK, flip=True, generator=seeded())
     assert len(cache) == 3 * len(plain) and rows_of(plain.mean) < rows_of(cache.mean)
     assert rows_of(cache.brain_fraction) == rows_of(plain.brain_fraction)
     again = cache_latents(in_threes, STACK, flip=True, augmentation=augmentation, generator=seeded())
@@ -181,7 +183,7 @@ class Noting(nn.Module):
 @pytest.mark.parametrize("flip, n_batches", [(True, 4), (False, 2)])
 def test_training_sees_every_slice_and_its_mirror_image(autoencoder, flip, n_batches):
     nothing_masked = OBJECTIVE | {"mask_shape": "patches", "mask_ratio": 0.0}
-    cache = cache_latents(autoencoder, STACK, flip=flip)
+    cache = cache_latents(autoencoder, STACK, flip=flip, generator=seeded())
     module = Noting()
     trained, _ = train_denoiser(
         autoencoder,
@@ -254,7 +256,8 @@ def test_an_objectives_knobs_are_its_arguments():
 
 
 def test_equal_probabilities_fit_any_number_of_sizes():
-    objective = make_objective(**OBJECTIVE | {"mask_shape": "patches", "mask_patch_sizes": (2, 4)})
+    changes = {"mask_shape": "patches", "mask_patch_sizes": (2, 4), "mask_patch_probabilities": None}
+    objective = make_objective(**OBJECTIVE | changes)
     assert objective.masking == RandomPatches(OBJECTIVE["mask_ratio"], (2, 4), None)
 
 

@@ -114,7 +114,10 @@ def test_grid_search_over_training_and_inference_parameters():
     for params, score in zip(*(search.cv_results_[k] for k in ("params", "mean_test_score")), strict=True):
         by_hand = strict_detector(anomaly_map="image", **params).fit(X[:24]).predict_maps(X[24:])
         assert score == max_dice_per_image(y[24:], by_hand).dice
-    assert len(set(search.cv_results_["mean_test_score"])) > 1
+    scores = search.cv_results_["mean_test_score"]
+    for name, low, high in (("gamma", 0.05, 1.0), ("mask_loss_weight", 1e-3, 1e-1), ("mask_ratio", 0.2, 0.4)):
+        at = [scores[search.cv_results_[f"param_{name}"].data == value] for value in (low, high)]
+        assert (at[0] != at[1]).any(), name  # none of the three is without effect
 
 
 def test_grid_search_in_two_processes_gives_the_scores_of_one():
@@ -576,6 +579,10 @@ PUBLISHED = {
 }
 
 
+def make_denoiser_config(denoiser):
+    return UNET_SIZES[denoiser] if isinstance(denoiser, str) else denoiser
+
+
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_published_presets(preset):
     detector = MaskedDiffusionAnomalyDetector(
@@ -602,7 +609,9 @@ def test_published_presets(preset):
     assert detector.history_[-1]["step"] == 1  # the given trainer, one batch of twelve slices
     big = MaskedDiffusionAnomalyDetector(preset)
     big.preset_ = preset
-    assert (big._value_of("autoencoder"), big._value_of("denoiser")) == ("kl-f8", "L")
+    dropout = {"paper": 0.0, "original": 0.4}[preset]
+    assert big._value_of("autoencoder") == "kl-f8"
+    assert make_denoiser_config(big._value_of("denoiser")) == replace(UNET_SIZES["L"], dropout=dropout)
     assert detector._value_of("denoiser") == "tiny"  # the user's own comes first
 
 
@@ -671,7 +680,7 @@ def test_what_is_not_flagged_is_not_touched(copied):
     for kind in ("image", "latent"):
         assert not copied.set_params(anomaly_map=kind).predict_maps(X).any()
     autoencoder = copied.autoencoder_
-    expected = autoencoder.inverse_transform(autoencoder.transform(X))
+    expected = np.where(X > 0, autoencoder.inverse_transform(autoencoder.transform(X)), 0)
     np.testing.assert_array_equal(copied.restore(X), expected)
     copied.set_params(mask_threshold=0.0)
     assert not np.array_equal(copied.restore(X), expected)
@@ -929,3 +938,34 @@ def test_a_shared_autoencoder_must_fit_the_slices(healthy):
         strict_detector(autoencoder=FrozenEstimator(tiny_autoencoder())).fit(healthy)
     with pytest.raises(TypeError, match=r"FrozenEstimator\(LatentAutoencoder\).*got Trainer"):
         strict_detector(autoencoder=FrozenEstimator(Trainer())).fit(healthy)
+
+
+def test_no_healthy_pixel_is_flagged_where_the_maps_are_exactly_zero(healthy):
+    detector = strict_detector(anomaly_map="image", mask_threshold=1.0).fit(healthy)
+    assert detector.map_threshold_ > 0
+    assert not detector.predict_masks(healthy).any()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mask_loss": "l1"},
+        {"corruption": "salt"},
+        {"denoiser": "huge"},
+        {"brain_rule": "skull"},
+        {"mask_ratio": 2.0},
+        {"trainer": Trainer(learning_rate=-1.0)},
+        {"anomaly_map": "wavelet"},
+    ],
+)
+def test_wrong_parameters_are_refused_before_anything_is_trained(wrong, healthy, trainings):
+    with pytest.raises(ValueError, match="must"):
+        strict_detector(**wrong).fit(healthy)
+    assert not trainings
+
+
+def test_a_failed_refit_leaves_no_mixture_of_two_models(healthy, copied):
+    with pytest.raises(ValueError, match="mask_loss"):
+        copied.set_params(mask_loss="l1").fit(healthy)
+    with pytest.raises(NotFittedError):
+        copied.predict_maps(healthy)

@@ -3,6 +3,7 @@
 import numbers
 import os
 import zipfile
+import zlib
 
 import numpy as np
 from sklearn.utils import Bunch
@@ -163,7 +164,7 @@ def _read(path, image):
             raise ValueError(f"path must name a file with brain_mask and subject, got {keys}. Add them.")
         try:
             arrays = {name: file[key] if key in keys else None for name, key in wanted.items()}
-        except ValueError as error:
+        except (ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"path must name a file of plain arrays, got a pickled or broken one in {path!r} ({error}). "
                 "Save numbers and fixed-width strings only."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ORIGINAL_BRAIN_FRACTION = 0.9
+BRAIN_RULES = ("paper", "original")
 ORIGINAL_BLOCK = 2  # latent positions: the original's 16 pixels at a factor of 8
 
 
@@ -38,8 +40,10 @@ class RandomPatches:
         _ratio_range(self.ratio)
         _check_sizes(self.sizes, self.size_probabilities)
 
-    def draw(self, n: int, h: int, w: int, generator: torch.Generator) -> Tensor:
-        """Noise masks, float (n, 1, h, w), 1 = noised."""
+    def draw(
+        self, n: int, h: int, w: int, generator: torch.Generator, weight: Tensor | None = None
+    ) -> Tensor:
+        """Noise masks, float (n, 1, h, w), 1 = noised; the grid does not heed ``weight``."""
         sizes = torch.tensor(self.sizes)
         weights = torch.tensor(self.size_probabilities or [1.0] * len(self.sizes))
         height, width = sizes[torch.multinomial(weights, 2 * n, True, generator=generator)].view(2, n)
@@ -67,6 +71,12 @@ class RandomBlobs:
     radius: tuple[float, float] = (0.05, 0.28)
     n_blobs: tuple[int, int] = (1, 3)
     roughness: float = 0.5
+
+    @classmethod
+    def of_ratio(cls, ratio: float | tuple[float, float]) -> RandomBlobs:
+        """Blobs whose area goes with the upper end of a mask ratio; 0.4 gives the default radii."""
+        scale = max(_ratio_range(ratio)[1] / 0.4, 1e-6) ** 0.5
+        return cls(radius=(cls.radius[0] * scale, cls.radius[1] * scale))
 
     def draw(
         self, n: int, h: int, w: int, generator: torch.Generator, weight: Tensor | None = None
@@ -138,11 +148,6 @@ def restrict_to_brain(noise_mask: Tensor, brain_fraction: Tensor, rule: str = "p
     raise ValueError(f"brain_rule must be 'paper' or 'original', got {rule!r}. Use 'paper'.")
 
 
-def brain_fraction_of(brain_mask: Tensor, factor: int) -> Tensor:
-    """The share of brain in each latent position, (batch, 1, H, W) -> (batch, 1, H / factor, W / factor)."""
-    return F.avg_pool2d(brain_mask.float(), factor)
-
-
 def smooth_field(n: int, c: int, h: int, w: int, generator: torch.Generator, cells: int = 4) -> Tensor:
     """Random fields (n, c, h, w) that vary over about ``1 / cells`` of the image, deviation near 1."""
     coarse = torch.randn(n, c, cells + 1, cells + 1, generator=generator)
@@ -150,7 +155,7 @@ def smooth_field(n: int, c: int, h: int, w: int, generator: torch.Generator, cel
 
 
 def _ratio_range(ratio) -> tuple[float, float]:
-    low, high = (0.0, ratio) if isinstance(ratio, int | float) else ratio
+    low, high = (0.0, float(ratio)) if isinstance(ratio, numbers.Real) else ratio
     if not 0 <= low <= high <= 1:
         raise ValueError(
             f"mask_ratio must be one number in 0..1 or a range (low, high) inside it, got {ratio!r}. "

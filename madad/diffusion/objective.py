@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madad.diffusion.corruption import Corruption, GaussianNoise
-from madad.diffusion.masking import RandomPatches, restrict_to_brain
+from madad.diffusion.masking import BRAIN_RULES, RandomPatches, restrict_to_brain
 from madad.diffusion.schedule import NoiseSchedule
 
 MASK_LOSSES = ("bce", "mse")
@@ -46,7 +46,7 @@ class MaskedDiffusionObjective:
     ----------
     schedule : NoiseSchedule
     masking : RandomPatches, RandomBlobs or EitherMask
-        Anything with ``draw(n, h, w, generator)``, or with a further ``weight``.
+        Anything with ``draw(n, h, w, generator, weight)``; ``weight`` (n, 1, h, w) is the share of brain.
     corruption : Corruption
         What fills the masked positions.
     brain_rule : {"paper", "original"}
@@ -63,6 +63,16 @@ class MaskedDiffusionObjective:
     mask_loss: str = "bce"
     mask_loss_weight: float = 0.001
 
+    def __post_init__(self):
+        if self.mask_loss not in MASK_LOSSES:
+            raise ValueError(
+                f"mask_loss must be one of {MASK_LOSSES}, got {self.mask_loss!r}. The paper's is 'bce'."
+            )
+        if self.brain_rule not in BRAIN_RULES:
+            raise ValueError(
+                f"brain_rule must be one of {BRAIN_RULES}, got {self.brain_rule!r}. Use 'paper'."
+            )
+
     def noise(self, z0: Tensor, brain_fraction: Tensor, generator: torch.Generator):
         """Noise clean latents.
 
@@ -71,7 +81,7 @@ class MaskedDiffusionObjective:
         z_t, noise_mask, t : Tensor of shape (batch, c, h, w), (batch, 1, h, w) and (batch,)
         """
         n, _, h, w = z0.shape
-        drawn = self.masking.draw(n, h, w, generator, **self._centres(brain_fraction))
+        drawn = self.masking.draw(n, h, w, generator, brain_fraction.cpu())
         noise_mask = restrict_to_brain(drawn.to(z0.device), brain_fraction, self.brain_rule)
         t = torch.randint(1, self.schedule.n_timesteps + 1, (n,), generator=generator).to(z0.device)
         fill = self.corruption.fill(z0, generator)
@@ -88,7 +98,3 @@ class MaskedDiffusionObjective:
         )
         loss = (z0_loss + self.mask_loss_weight * mask_term).mean()
         return loss, {"z0": z0_loss.mean().detach(), "mask": mask_term.mean().detach()}
-
-    def _centres(self, brain_fraction: Tensor) -> dict[str, Tensor]:
-        """Blobs are centred in the brain; patches lie on their grid."""
-        return {} if isinstance(self.masking, RandomPatches) else {"weight": brain_fraction.cpu()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -108,5 +109,5 @@ class NoiseSchedule:
 
 
 def _check_n_timesteps(n_timesteps: int) -> None:
-    if not (isinstance(n_timesteps, int) and n_timesteps >= 1):
+    if not (isinstance(n_timesteps, numbers.Integral) and n_timesteps >= 1):
         raise ValueError(f"n_timesteps must be a positive integer, got {n_timesteps!r}. The paper's is 10.")

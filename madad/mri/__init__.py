@@ -1,1 +1,5 @@
-"""Geometry and intensities of MR images: NumPy in, NumPy out, no torch."""
+"""Scans before they are slices for a network; today the intensity scale."""
+
+from madad.mri.intensity import normalize_intensity
+
+__all__ = ["normalize_intensity"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +190,7 @@ class AutoencoderKL(nn.Module):
 
     With the defaults it is CompVis' and diffusers' ``kl-f8`` (Rombach et al., CVPR 2022) exactly, except
     for one image channel; `madad.pretrained` loads their weights. `AUTOENCODER_SIZES` also names small
-    ones whose stem folds 4x4 pixels into channels, for CPUs.
+    ones whose stem folds blocks of 2, 4 or 8 pixels into channels, for CPUs.
 
     Parameters
     ----------
@@ -272,7 +272,3 @@ class AutoencoderKL(nn.Module):
         """Reconstruction of ``x`` from one sample of its posterior, and the posterior."""
         posterior = self.encode(x)
         return self.decode(posterior.sample(generator)), posterior
-
-    def config_dict(self) -> dict:
-        """The configuration as plain numbers, for ``config.json``."""
-        return asdict(self.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -205,7 +205,3 @@ class MaskedUNet(nn.Module):
                 x = level["resample"](x)
 
         return self.z0_head(x)[..., :h, :w], self.noise_head(x)[..., :h, :w]
-
-    def config_dict(self) -> dict:
-        """The configuration as plain numbers, for ``config.json``."""
-        return asdict(self.config)

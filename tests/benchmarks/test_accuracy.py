@@ -108,7 +108,7 @@ def test_table_has_a_row_per_method_and_intervals_where_there_are_any(accuracy):
 
 
 def test_within_takes_the_largest_lesion_of_each_test_subject(accuracy, tmp_path):
-    options = Bunch(data=write_cohort(tmp_path / "a.npz"), image="image", validation=False)
+    options = Bunch(data=write_cohort(tmp_path / "a.npz"), image="image", center="median", validation=False)
     train, test = accuracy.within(options)
     assert not train.lesion_masks.any()
     assert len(np.unique(test.subjects)) == len(test.subjects) and test.lesion_masks.any(axis=(1, 2)).all()
@@ -173,7 +173,7 @@ def test_wrong_arguments_exit(arguments, message, accuracy, monkeypatch, capsys,
 
 
 def test_real_scans_give_the_cohorts_of_the_protocol(accuracy, data_dir):
-    options = Bunch(data=data_dir / "lgg_flair.npz", image="image", validation=False)
+    options = Bunch(data=data_dir / "lgg_flair.npz", image="image", center="median", validation=False)
     train, test = accuracy.within(options)
     assert len(np.unique(test.subjects)) == len(test.images)
     assert 25 <= len(test.images) <= 27  # of 27 subjects, those whose lesion is large enough
