@@ -36,7 +36,6 @@ from madad.restoration import maps_of
 
 SPLIT_SEED = 0  # of the subjects; the networks' seeds vary, the split does not
 TEST_SHARE, VALIDATION_SHARE = 27 / 79, 12 / 79
-LEVEL = (0.62, 0.69)  # z_frac of the healthy cohort's slices, for the cross protocol
 MIN_LESION_PX = 15  # smaller lesions are not tested on
 PIXEL_SPECIFICITY = 0.99
 INTENSITY_SMOOTHING_PX = (0.0, 1.0)
@@ -106,6 +105,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--autoencoder-steps", type=int, default=600)
     parser.add_argument("--denoiser-steps", type=int, default=4500)
+    parser.add_argument(
+        "--levels", type=float, nargs=2, default=(0.62, 0.69), help="z_frac of the slices, for cross"
+    )
     parser.add_argument("--center", default="median", help="scale of a subject: median or mode of the brain")
     parser.add_argument("--augment", type=int, default=0, metavar="N", help="augmented copies of each slice")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
@@ -143,17 +145,23 @@ def within(options: argparse.Namespace) -> tuple[Bunch, Bunch]:
 
 
 def cross(options: argparse.Namespace) -> tuple[Bunch, Bunch]:
-    """All slices of the healthy cohort; the other cohort's slices with a lesion at the same level."""
+    """Slices of the healthy cohort; the other cohort's slices with a lesion at the same levels."""
     if options.validation:
         raise SystemExit("--validation needs lesions in the training cohort: use --protocol within.")
     grid = {"spacing_mm": 2.0, "center": options.center}
-    train = crop_to_brain(load_slices(options.data, image=options.image, **grid), (96, 80))
+    train = at_levels(load_slices(options.data, image=options.image, **grid), options.levels)
     # All slices set a subject's scale, so that a lesion that fills one slice does not; then the level is cut.
     volumes = load_slices(options.test, image=options.test_image, **grid)
-    at_level = (volumes.z_frac >= LEVEL[0]) & (volumes.z_frac <= LEVEL[1])
-    large = volumes.lesion_masks.sum(axis=(1, 2)) >= MIN_LESION_PX
-    test = crop_to_brain(take(volumes, np.flatnonzero(at_level & large)), (96, 80))
-    return take(train, np.arange(len(train.images))), test
+    test = at_levels(volumes, options.levels)
+    return train, take(test, np.flatnonzero(test.lesion_masks.sum(axis=(1, 2)) >= MIN_LESION_PX))
+
+
+def at_levels(data: Bunch, levels: tuple[float, float]) -> Bunch:
+    """The slices at some levels of the brain, cropped; all where the file does not tell the level."""
+    rows = np.arange(len(data.images))
+    if data.z_frac is not None:
+        rows = np.flatnonzero((data.z_frac >= levels[0]) & (data.z_frac <= levels[1]))
+    return crop_to_brain(take(data, rows), (96, 80))
 
 
 def split(subjects: np.ndarray, validation: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         Where the parameters below that are None take their values from (`madad.presets.PRESETS`).
         ``"paper"`` is the published method, ``"original"`` what the published code does instead. ``"auto"``
         is ``"small"`` on a CPU and ``"base"`` on a GPU: the paper's method with corruptions that look more
-        like disease.
+        like disease, more weight on the mask head, and the mean of its flags as the map.
     autoencoder : LatentAutoencoder, FrozenEstimator, str or None
         The first stage: an estimator to be cloned and fitted, ``FrozenEstimator(fitted)`` to share one, or
         the name of a size.
@@ -118,6 +118,8 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
     ----------
     autoencoder_ : LatentAutoencoder
     denoiser_ : MaskedUNet
+    calibration_rows_ : ndarray of int
+        The slices given to ``fit`` that were held out; not saved.
     offset_ : float
         ``decision_function = score_samples - offset_``.
     map_threshold_ : float
