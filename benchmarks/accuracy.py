@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,8 @@ def main() -> None:
         "subset": "validation" if options.validation else "test",
         "n_train": len(train.images),
         "n_test": len(test.images),
-        "test_subjects": sorted(set(test.subjects.tolist())),
+        "n_test_subjects": len(np.unique(test.subjects)),
+        "test_subjects_sha256": sha256("\n".join(np.unique(test.subjects)).encode()).hexdigest(),
         "steps_per_stage": [options.autoencoder_steps, options.denoiser_steps],
         "precision": options.precision,
         "center": options.center,

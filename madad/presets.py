@@ -63,8 +63,8 @@ _ORIGINAL = _PAPER | {
     "gamma": 0.25,
 }
 
-# Ours: masks and fills that look more like disease, more weight on the mask head, whose flags are the map, and
-# networks that a CPU can train. Chosen on validation subjects (benchmarks/README.md).
+# Ours: masks and fills that look more like disease, more weight on the mask head, whose flags are the map,
+# and networks that a CPU can train. Chosen on validation subjects (benchmarks/README.md).
 _SMALL = _PAPER | {
     "autoencoder": "auto",
     "autoencoder_training": {"max_epochs": 10**6, "max_steps": 600, "learning_rate": 2e-3},
