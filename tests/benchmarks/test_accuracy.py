@@ -148,12 +148,11 @@ def test_within_end_to_end_and_its_rerun(accuracy, monkeypatch, capsys, tmp_path
 def test_cross_end_to_end_with_other_parameters(accuracy, monkeypatch, capsys, tmp_path):
     healthy = write_cohort(tmp_path / "healthy.npz", lesions=False)
     lesioned = write_cohort(tmp_path / "lesioned.npz", n_subjects=3, prefix="t", seed=1)
-    monkeypatch.setattr(accuracy, "LEVEL", (0.65, 0.7))
     arguments = ["--protocol", "cross", "--data", healthy, "--test", lesioned, "--out", tmp_path / "runs"]
-    parameters = ["--seeds", "0", "1", "--set", "mask_threshold=0.25", 'mask_loss="mse"']
+    parameters = ["--seeds", "0", "1", "--levels", "0.65", "0.7", "--set", "mask_threshold=0.25", 'mask_loss="mse"']
     printed = run(accuracy, monkeypatch, capsys, *arguments, *parameters)
     report = check_report(accuracy, tmp_path / "runs", printed, "cross")
-    assert (report["n_train"], report["n_test"], report["seeds"]) == (18, 3, [0, 1])
+    assert (report["n_train"], report["n_test"], report["seeds"]) == (9, 3, [0, 1])
     assert report["n_test_subjects"] == 3
     config = json.loads((tmp_path / "runs" / "model-1" / "config.json").read_text())
     assert config["parameters"]["mask_threshold"] == 0.25 and config["parameters"]["mask_loss"] == "mse"
