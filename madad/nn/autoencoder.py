@@ -100,7 +100,7 @@ class DiagonalGaussian:
         self.mean = mean
         self.logvar = logvar.clamp(-30.0, 20.0)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, generator: torch.Generator) -> Tensor:
         """Draw one latent, of the shape of ``mean``."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype)
         return self.mean + (0.5 * self.logvar).exp() * noise.to(self.mean.device)
@@ -269,6 +269,7 @@ class AutoencoderKL(nn.Module):
         self.quant.bias[c:] = -8.0
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstruction of ``x`` from one sample of its posterior, and the posterior."""
+        """Reconstruction and posterior of ``x``: of one sample, or of the mean where no generator is given."""
         posterior = self.encode(x)
-        return self.decode(posterior.sample(generator)), posterior
+        z = posterior.mean if generator is None else posterior.sample(generator)
+        return self.decode(z), posterior
