@@ -269,7 +269,7 @@ class AutoencoderKL(nn.Module):
         self.quant.bias[c:] = -8.0
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstruction and posterior of ``x``: of one sample, or of the mean where no generator is given."""
+        """Reconstruction and posterior of ``x``: of one sample, or of the mean without a generator."""
         posterior = self.encode(x)
         z = posterior.mean if generator is None else posterior.sample(generator)
         return self.decode(z), posterior
