@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import numpy as np
@@ -79,7 +80,7 @@ def load_detector(cls: type[Detector], path) -> Detector:
     except (KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, IndexError) as error:
         raise ValueError(
             f"{path} must hold the config and tensors that save() wrote, got parts that do not fit "
-            f"({type(error).__name__}: {error}). Save the model again."
+            f"({type(error).__name__}: {shorten(str(error), 400)}). Save the model again."
         ) from error
 
 

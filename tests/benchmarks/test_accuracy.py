@@ -149,7 +149,17 @@ def test_cross_end_to_end_with_other_parameters(accuracy, monkeypatch, capsys, t
     healthy = write_cohort(tmp_path / "healthy.npz", lesions=False)
     lesioned = write_cohort(tmp_path / "lesioned.npz", n_subjects=3, prefix="t", seed=1)
     arguments = ["--protocol", "cross", "--data", healthy, "--test", lesioned, "--out", tmp_path / "runs"]
-    parameters = ["--seeds", "0", "1", "--levels", "0.65", "0.7", "--set", "mask_threshold=0.25", 'mask_loss="mse"']
+    parameters = [
+        "--seeds",
+        "0",
+        "1",
+        "--levels",
+        "0.65",
+        "0.7",
+        "--set",
+        "mask_threshold=0.25",
+        'mask_loss="mse"',
+    ]
     printed = run(accuracy, monkeypatch, capsys, *arguments, *parameters)
     report = check_report(accuracy, tmp_path / "runs", printed, "cross")
     assert (report["n_train"], report["n_test"], report["seeds"]) == (9, 3, [0, 1])
