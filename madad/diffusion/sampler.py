@@ -111,7 +111,7 @@ class MaskedDDIM(_MaskedSampler):
     ``sigma_t = eta sqrt((1 - ab_{t-1}) / (1 - ab_t)) sqrt(1 - ab_t / ab_{t-1})``;
     ``z_{t-1} = sqrt(ab_{t-1}) z0_hat + sqrt(1 - ab_{t-1} - sigma_t^2) eps_hat + sigma_t eps`` where flagged.
     As in the original code, a position flagged early but not later keeps a partly noised latent (METHOD,
-    section 2, row 11); repairing such positions to the end changed no map on validation subjects.
+    section 2, row 11); repairing such positions to the end hardly changed the maps in one trial.
     """
 
     def _step(self, schedule, z_t, z0_hat, t, t_before, noise):
