@@ -28,7 +28,8 @@ class IntensityAugmentation:
     Notes
     -----
     ``y = m (x / m)^gamma * gain * exp(log_bias * field)`` for images in 0..1 with mean brain intensity ``m``,
-    clipped to 0..1. Meant for models that are used on scanners they were not trained on.
+    clipped to 0..1. Meant for models that are used on scanners they were not trained on; the one trial so far
+    (benchmarks/README.md, T1) shows no clear gain.
     """
 
     n_copies: int = 3

@@ -55,7 +55,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         Trains the denoiser; the autoencoder has its own.
     augmentation : IntensityAugmentation or None
         Further copies of the healthy slices for the denoiser, with another contrast, brightness and bias
-        field. Worth it where scanners differ between training and use; None = no copies.
+        field. Meant for scanners that were not trained on; not shown to help yet. None = no copies.
     corruption : {"gaussian", "mixture"}, Corruption or None
         What fills masked latents in training: Gaussian noise (the paper) or a mixture of it with foreign
         latents and smooth offsets.

@@ -94,6 +94,7 @@ _TINY = _SMALL | {
     "n_steps": 2,
 }
 
+# For GPUs; nobody has trained it yet.
 _BASE = _SMALL | {
     "denoiser": "S",
     "denoiser_training": {"max_epochs": 300, "learning_rate": 2e-4},
