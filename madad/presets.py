@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from madad.anomaly_map import ANOMALY_MAPS, DIFFERENCES, REFERENCES, smoothing_width
@@ -15,6 +16,7 @@ INFERENCE_KNOBS = (
     "eta",
     "step_spacing",
     "mask_threshold",
+    "repaint",
     "anomaly_map",
     "reference",
     "map_difference",
@@ -43,6 +45,7 @@ _PAPER = {
     "eta": 0.0,
     "step_spacing": "leading",
     "mask_threshold": 0.5,
+    "repaint": False,
     "anomaly_map": "image",
     "reference": "input",
     "map_difference": "squared",
@@ -63,8 +66,8 @@ _ORIGINAL = _PAPER | {
     "gamma": 0.25,
 }
 
-# Ours: masks and fills that look more like disease, more weight on the mask head, whose flags are the map,
-# and networks that a CPU can train. Chosen on validation subjects (benchmarks/README.md).
+# Ours: masks and fills that look more like disease, more weight on the mask head, repainting of what it
+# flags, and networks that a CPU can train. Chosen on validation subjects (benchmarks/README.md).
 _SMALL = _PAPER | {
     "autoencoder": "auto",
     "autoencoder_training": {"max_epochs": 10**6, "max_steps": 600, "learning_rate": 2e-3},
@@ -80,10 +83,11 @@ _SMALL = _PAPER | {
     "mask_loss_weight": 1.0,
     "step_spacing": "trailing",
     "n_steps": 5,
-    "mask_threshold": 0.3,
-    "anomaly_map": "mask",
+    "mask_threshold": 0.2,
+    "repaint": True,
     "reference": "reconstruction",
     "map_difference": "absolute",
+    "gamma": 0.4,
 }
 
 _TINY = _SMALL | {
@@ -134,6 +138,8 @@ def check_inference_knobs(knobs: dict) -> None:
         if knobs[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {knobs[name]!r}. Use {allowed[0]!r}.")
     smoothing_width(knobs["smoothing_px"], 1, 1)
+    if not isinstance(knobs["repaint"], bool | np.bool_):
+        raise ValueError(f"repaint must be True or False, got {knobs['repaint']!r}. The paper's is False.")
     if not 0 <= knobs["mask_threshold"] <= 1:
         raise ValueError(
             f"mask_threshold must lie in 0..1, got {knobs['mask_threshold']!r}. The paper's is 0.5."

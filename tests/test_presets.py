@@ -57,6 +57,7 @@ def test_the_papers_values():
         "n_steps": 10,
         "eta": 0.0,
         "mask_threshold": 0.5,
+        "repaint": False,
         "anomaly_map": "image",
         "reference": "input",
         "map_difference": "squared",
@@ -119,6 +120,7 @@ def test_a_preset_that_does_not_exist_is_refused(value):
     [
         *[(knob, value) for knob in ("mask_threshold", "eta") for value in (-0.1, 1.1, math.nan)],
         *[("gamma", value) for value in (0, -0.2, math.nan)],
+        *[("repaint", value) for value in (1, "no")],
     ],
 )
 def test_inference_knobs_out_of_range_are_refused(knob, value):

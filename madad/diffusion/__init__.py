@@ -3,6 +3,7 @@
 from madad.diffusion.corruption import (
     CORRUPTIONS,
     Corruption,
+    ErasedLatents,
     ForeignLatents,
     GaussianNoise,
     Mixture,
@@ -17,6 +18,7 @@ __all__ = [
     "CORRUPTIONS",
     "Corruption",
     "EitherMask",
+    "ErasedLatents",
     "ForeignLatents",
     "GaussianNoise",
     "MaskedDDIM",

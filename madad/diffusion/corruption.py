@@ -35,6 +35,15 @@ class GaussianNoise:
 
 
 @dataclass(frozen=True)
+class ErasedLatents:
+    """Nothing: zero, the mean of healthy latents. Teaches to paint what is missing from what is around it."""
+
+    def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
+        """Zeros of the shape of ``z0``."""
+        return torch.zeros_like(z0)
+
+
+@dataclass(frozen=True)
 class ForeignLatents:
     """Healthy texture in the wrong place: another sample of the batch, flipped and shifted."""
 
@@ -73,15 +82,31 @@ class SmoothOffset:
         latents averaged over 5 x 5 positions, either sign) instead of a random one. Averaging leaves what
         an intensity shift moves and takes out texture. Where the two hardly differ (both background), the
         direction is random.
+    patchy : float
+        Probability that two offsets share the tissue between them in patches, as the core and the rim of a
+        tumour do.
     """
 
     magnitude: tuple[float, float] = (0.7, 4.0)
     noise: float = 0.05
     flatten: float = 0.6
-    tissue_share: float = 0.9
+    tissue_share: float = 1.0
+    patchy: float = 0.5
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
-        """Tissue, flattened towards zero, plus a slowly varying offset and little noise."""
+        """Tissue, flattened towards zero, plus one or two slowly varying offsets and little noise."""
+        n, _, h, w = z0.shape
+        offset, other = self._offset(z0, generator), self._offset(z0, generator)
+        balance = 0.5 * torch.randn(n, 1, 1, 1, generator=generator)
+        patches = torch.sigmoid(4 * (smooth_field(n, 1, h, w, generator, cells=6) + balance))
+        is_patchy = torch.rand(n, 1, 1, 1, generator=generator) < self.patchy
+        share = torch.where(is_patchy, patches, 0.0).to(z0)
+        noise = self.noise * torch.randn(z0.shape, generator=generator)
+        kept = 1 - self.flatten * torch.rand(n, 1, 1, 1, generator=generator)
+        return kept.to(z0) * z0 + (1 - share) * offset + share * other + noise.to(z0)
+
+    def _offset(self, z0: Tensor, generator: torch.Generator) -> Tensor:
+        """One direction per sample times a slowly varying length."""
         n, c, h, w = z0.shape
         direction = torch.randn(n, c, 1, 1, generator=generator).to(z0)
         by_tissue = (torch.rand(n, 1, 1, 1, generator=generator) < self.tissue_share).to(z0.device)
@@ -92,9 +117,7 @@ class SmoothOffset:
         low, high = self.magnitude
         length = low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
         slow = 1 + 0.3 * smooth_field(n, 1, h, w, generator)
-        noise = self.noise * torch.randn(z0.shape, generator=generator)
-        kept = 1 - self.flatten * torch.rand(n, 1, 1, 1, generator=generator)
-        return kept.to(z0) * z0 + direction * (length * slow).to(z0) + noise.to(z0)
+        return direction * (length * slow).to(z0)
 
     def _between_tissues(self, z0: Tensor, generator: torch.Generator) -> Tensor:
         """Differences of the averaged latents at two random places of each sample, (n, c, 1, 1)."""
@@ -116,7 +139,7 @@ class Mixture:
         None = equal.
     """
 
-    corruptions: tuple[Corruption, ...] = (GaussianNoise(), ForeignLatents(), SmoothOffset())
+    corruptions: tuple[Corruption, ...] = (ErasedLatents(), ForeignLatents(), SmoothOffset())
     probabilities: tuple[float, ...] | None = None
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
@@ -129,5 +152,5 @@ class Mixture:
 
 CORRUPTIONS: dict[str, Corruption] = {
     "gaussian": GaussianNoise(),
-    "mixture": Mixture(probabilities=(0.1, 0.2, 0.7)),
+    "mixture": Mixture(probabilities=(0.2, 0.15, 0.65)),
 }

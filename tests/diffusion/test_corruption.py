@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from madad.diffusion import CORRUPTIONS, ForeignLatents, GaussianNoise, Mixture, SmoothOffset
+from madad.diffusion import CORRUPTIONS, ErasedLatents, ForeignLatents, GaussianNoise, Mixture, SmoothOffset
 
 ALL = {"foreign": ForeignLatents(), "smooth": SmoothOffset(), **CORRUPTIONS}
 
@@ -52,6 +52,12 @@ def test_gaussian_noise_has_the_moments_and_ignores_the_latent():
     assert np.abs(pairs - np.eye(4)).max() < 0.02
 
 
+def test_erased_latents_are_zero():
+    z0 = latents(3, 2, 4, 5)
+    fill = ErasedLatents().fill(z0, seeded())
+    assert fill.shape == z0.shape and not fill.any()
+
+
 @pytest.mark.parametrize("n", [2, 3, 8])
 def test_foreign_latents_are_another_sample_as_a_whole(n):
     """Every fill is a rearrangement of the positions of one OTHER sample; channels stay together."""
@@ -93,7 +99,7 @@ def test_foreign_latents_of_a_single_sample_come_from_itself_displaced():
 @pytest.mark.parametrize("tissue_share", [0.0, 1.0])
 def test_smooth_offset_has_the_stated_magnitude(magnitude, channels, tissue_share):
     z0 = latents(400, channels, 16, 16)
-    corruption = SmoothOffset(magnitude, noise=0.0, flatten=0.0, tissue_share=tissue_share)
+    corruption = SmoothOffset(magnitude, noise=0.0, flatten=0.0, tissue_share=tissue_share, patchy=0.0)
     offset = corruption.fill(z0, seeded()) - z0
     # Averaged over the slow variation of 30 %; Euclidean over channels.
     length = offset.mean(dim=(2, 3)).square().sum(dim=1).sqrt().numpy()
@@ -110,7 +116,7 @@ def test_offset_between_tissues_points_from_one_to_the_other():
     tissues = torch.tensor([[1.0, -2.0, 0.5], [-1.0, 0.0, 2.0]])
     z0 = tissues[0][:, None, None].expand(200, 3, 16, 16).clone()
     z0[..., 8:] = tissues[1][:, None, None]
-    offset = SmoothOffset(noise=0.0, flatten=0.0, tissue_share=1.0).fill(z0, seeded()) - z0
+    offset = SmoothOffset(noise=0.0, flatten=0.0, patchy=0.0).fill(z0, seeded()) - z0
     along = torch.nn.functional.normalize(tissues[1] - tissues[0], dim=0)
     cosine = torch.cosine_similarity(offset.mean(dim=(2, 3)), along[None]).numpy()
     between = np.abs(cosine) > 0.9999
@@ -122,9 +128,21 @@ def test_offset_between_tissues_points_from_one_to_the_other():
 @pytest.mark.parametrize("value", [0.0, 1.5])
 def test_offset_of_a_latent_without_tissue_is_random_and_of_full_length(value):
     z0 = torch.full((100, 4, 8, 8), value)
-    offset = SmoothOffset((2.0, 2.0), noise=0.0, flatten=0.0, tissue_share=1.0).fill(z0, seeded()) - z0
+    offset = SmoothOffset((2.0, 2.0), noise=0.0, flatten=0.0, patchy=0.0).fill(z0, seeded()) - z0
     length = offset.mean(dim=(2, 3)).square().sum(dim=1).sqrt()
     assert (length - 2).abs().max() < 1
+
+
+@pytest.mark.parametrize("patchy", [0.0, 0.3, 1.0])
+def test_patchy_offsets_have_two_directions_in_that_share_of_the_samples(patchy):
+    z0 = torch.zeros(400, 5, 16, 16)
+    fill = SmoothOffset((2.0, 2.0), noise=0.0, flatten=0.0, tissue_share=0.0, patchy=patchy).fill(
+        z0, seeded()
+    )
+    spread = torch.linalg.svdvals(fill.flatten(2).double())  # rank 1 = one direction
+    two = (spread[:, 1] > 1e-4 * spread[:, 0]).double()
+    assert float(two.mean()) == pytest.approx(patchy, abs=0.06)
+    assert (spread[:, 2] < 1e-4 * spread[:, 0]).all()
 
 
 def test_smooth_offset_flattens_and_adds_noise_as_told():

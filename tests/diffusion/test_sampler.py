@@ -13,6 +13,7 @@ SAMPLERS = {
     "ddim few": MaskedDDIM(3, spacing="trailing"),
     "ddpm": MaskedDDPM(),
     "ddpm few": MaskedDDPM(4),
+    "ddim repaint": MaskedDDIM(4, repaint=True),
 }
 SHAPE = (5, 4, 6, 7)
 
@@ -120,7 +121,7 @@ def test_with_eta_the_noise_is_seeded(sampler):
 def test_trajectory_runs_from_the_input_to_the_result(sampler):
     z = case()[2]
     result = sampler.restore(stand_in, z, SCHEDULE, return_trajectory=True)
-    assert result.trajectory.shape == (sampler.n_steps + 1, *SHAPE)
+    assert result.trajectory.shape == (sampler.n_steps + 1 + sampler.repaint, *SHAPE)
     assert torch.equal(result.trajectory[0], z) and torch.equal(result.trajectory[-1], result.z_restored)
     assert result.noise_probability.shape == (sampler.n_steps, SHAPE[0], 1, *SHAPE[2:])
     times = SCHEDULE.timesteps(sampler.n_steps, sampler.spacing)
@@ -165,6 +166,63 @@ def test_position_flagged_at_any_step_counts():
 def test_double_latents_stay_double():
     result = MaskedDDIM(eta=0.5).restore(stand_in, case()[2].double(), SCHEDULE)
     assert result.z_restored.dtype == result.noise_probability.dtype == torch.float64
+
+
+def flagging(noise_logit, z0_hat=None):
+    """A network with fixed flags that answers ``z0_hat``, and notes what it was given."""
+    given = []
+
+    def unet(z_t, t):
+        given.append((z_t.clone(), t.tolist()))
+        return stand_in(z_t, t)[0] if z0_hat is None else z0_hat(z_t, t), noise_logit.to(z_t)
+
+    return unet, given
+
+
+@pytest.mark.parametrize("sampler", [MaskedDDIM(3, repaint=True), MaskedDDPM(4, repaint=True)])
+def test_repaint_erases_what_is_flagged_and_takes_the_prediction_at_the_last_time(sampler):
+    _, noise_mask, z = case()
+    unet, given = flagging(torch.where(noise_mask, 3.0, -3.0))
+    result = sampler.restore(unet, z, SCHEDULE, return_trajectory=True)
+    assert len(given) == sampler.n_steps + 1
+    asked, t = given[-1]
+    assert t == [10] * SHAPE[0]
+    assert torch.equal(asked, torch.where(noise_mask, 0.0, z))
+    expected = torch.where(noise_mask, stand_in(asked, torch.full((SHAPE[0],), 10))[0], z)
+    assert torch.equal(result.z_restored, expected)
+    assert len(result.trajectory) == sampler.n_steps + 2
+    assert torch.equal(result.trajectory[-1], expected)
+    assert torch.equal(result.flagged, noise_mask.flatten(1).any(dim=1))
+
+
+@pytest.mark.parametrize(("threshold", "erased"), [(0.19, True), (0.21, False)])
+def test_repaint_goes_by_the_mean_of_the_flags(threshold, erased):
+    """f_M is 0.4 in one of two steps: never the threshold of the mean, but flagged on the way."""
+    z = case()[2]
+    logits = {10: np.log(0.4 / 0.6), 5: -np.inf}
+
+    def unet(z_t, t):
+        return 0 * z_t + 7, torch.full_like(z_t[:, :1], logits[int(t[0])])
+
+    sampler = MaskedDDIM(2, mask_threshold=threshold, spacing="trailing", repaint=True)
+    result = sampler.restore(unet, z, SCHEDULE)
+    assert torch.equal(result.z_restored, 0 * z + 7 if erased else z)
+    assert result.flagged.tolist() == [erased] * SHAPE[0]
+    torch.testing.assert_close(result.noise_probability.mean(), torch.tensor(0.2))
+
+
+def test_repaint_takes_away_all_of_what_was_there():
+    """Whatever stands in the flagged positions, the repainted latent is the same."""
+    z0, noise_mask, z = case()
+    restored = []
+    for content in (z, z + 5, -3 * z):
+        unet, _ = flagging(torch.where(noise_mask, 3.0, -3.0))
+        changed = torch.where(noise_mask, content, z0)
+        restored.append(MaskedDDIM(repaint=True).restore(unet, changed, SCHEDULE).z_restored)
+    assert torch.equal(restored[0], restored[1]) and torch.equal(restored[0], restored[2])
+    unet, _ = flagging(torch.where(noise_mask, 3.0, -3.0))
+    stepwise = [MaskedDDIM().restore(unet, torch.where(noise_mask, c, z0), SCHEDULE) for c in (z, z + 5)]
+    assert not torch.equal(stepwise[0].z_restored, stepwise[1].z_restored)
 
 
 # Independent formulas
