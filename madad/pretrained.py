@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import numbers
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from textwrap import shorten
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from madad._random import isolated_seed
 from madad._unpickling import read_pickled_tensors
 from madad.nn import AutoencoderConfig, AutoencoderKL, MaskedUNet, UNetConfig
 
@@ -25,6 +31,30 @@ WEIGHT_FILES = (
     "model.safetensors",
     "model.ckpt",
 )
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+SAVED_WEIGHTS = "autoencoder.safetensors"  # in a directory that madad saved
+# Whole names: the hub's patterns let * match slashes, and a pipeline's other networks are large.
+HUB_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    SAVED_WEIGHTS,
+)
+HUB_CONFIGS = ("config.json", "vae/config.json")
+
+_HUB_ID = r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?"
+_STEM = "encoder.conv_in.weight"  # in both foreign layouts
+_COMPVIS, _DIFFUSERS = "encoder.down.0.block.0.", "encoder.down_blocks.0.resnets.0."
+_TRAINING_ONLY = ("loss.", "model_ema.")
+
+# The weights that see image channels, and on which axis.
+_READ_IMAGE = {"encoder.stem.conv.weight": 1, "to_latent.weight": 1}
+_WRITE_IMAGE = {
+    "decoder.head.conv.weight": 0,
+    "decoder.head.conv.bias": 0,
+    "to_image.weight": 1,
+    "to_image.bias": 0,
+}
 
 _RESIDUAL = {
     "in_layers.0": "norm1",
@@ -69,7 +99,7 @@ def load_original_unet(path, *, n_heads: int | None = None) -> MaskedUNet:
         attention_levels=attention_levels,
         n_heads=n_heads or ORIGINAL_HEADS.get(base, 4),
     )
-    network = MaskedUNet(config)
+    network = _build(MaskedUNet, config)
     renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
         ours = _original_name(name, n_res_blocks)
@@ -81,18 +111,124 @@ def load_original_unet(path, *, n_heads: int | None = None) -> MaskedUNet:
     return _fill(network, renamed, path)
 
 
+def load_autoencoder(source, *, image_channels: int | None = None, hub_cache=None) -> AutoencoderKL:
+    """A KL autoencoder from wherever it lies, in whichever layout it is found to be.
+
+    Parameters
+    ----------
+    source : path-like or str
+        What `load_compvis_autoencoder` or `load_diffusers_autoencoder` reads, also as a whole pickled module
+        such as the original MAD-AD repository's; a directory written by a detector's ``save``; or, where no
+        such path exists, a repository on the Hugging Face hub, ``"owner/name"`` or
+        ``"owner/name@revision"``, of which only safetensors weights and their config are downloaded.
+    image_channels : int or None
+        What the network is brought to by `to_image_channels`. None = as published.
+    hub_cache : path-like or None
+        Where downloads are kept. None = the hub's own cache, below ``HF_HOME``.
+
+    Returns
+    -------
+    AutoencoderKL
+        In evaluation mode, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `load_original_unet`, or if the layout is none of these.
+    OSError
+        If the hub does not give the repository.
+    ImportError
+        If the repository's name is given and huggingface_hub is not installed.
+    """
+    path = _local_path(source, hub_cache)
+    network = _load_saved(path)
+    if network is None:
+        tensors = _autoencoder_part(_read(path))
+        if any(name.startswith(_COMPVIS) for name in tensors):
+            network = _from_compvis(tensors, path)
+        elif any(name.startswith(_DIFFUSERS) for name in tensors):
+            network = _from_diffusers(tensors, path)
+        else:
+            raise ValueError(
+                f"source must hold a KL autoencoder of CompVis ({_COMPVIS}*) or diffusers ({_DIFFUSERS}*) or "
+                f"be a directory that madad saved, got {path} with {sorted(tensors)[:5]} and "
+                f"{max(0, len(tensors) - 5)} names more. Check that the file is of this kind of network."
+            )
+    return network if image_channels is None else to_image_channels(network, image_channels)
+
+
+def to_image_channels(network: AutoencoderKL, n: int) -> AutoencoderKL:
+    """The same autoencoder for one image channel instead of several, or for several instead of one.
+
+    Parameters
+    ----------
+    network : AutoencoderKL
+        Its number of image channels is called C below.
+    n : int
+        C or 1; any number if C is 1.
+
+    Returns
+    -------
+    AutoencoderKL
+        ``network`` itself if n is C, else a new one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``n`` is no whole number, or none of these.
+
+    Notes
+    -----
+    C to 1: input kernels are summed over the channels, output kernels and biases averaged. A grey image then
+    has the posterior of the image that repeats it C times, and is decoded to the mean of its channels.
+    1 to n: input kernels are divided by n and repeated, output kernels and biases repeated. An image then
+    has the posterior of the mean of its channels, and is decoded to n equal ones.
+    """
+    given = network.config.image_channels
+    if not isinstance(n, numbers.Integral):
+        raise TypeError(f"n must be a whole number of image channels, got {n!r}. Use 1.")
+    if n == given:
+        return network
+    if n < 1 or 1 not in (n, given):
+        possible = "at least 1" if given == 1 else f"1 or {given}"
+        raise ValueError(
+            f"n must be {possible} where the network's image channels are {given}, got {n}. From several to "
+            f"several, convert to 1 first."
+        )
+    state = network.state_dict()
+    for name, axis in (_READ_IMAGE | _WRITE_IMAGE).items():
+        if name in state:
+            by_channel = state[name].cpu().double().unflatten(axis, (given, -1))
+            if name in _READ_IMAGE:
+                one = by_channel.sum(axis, keepdim=True) / n
+            else:
+                one = by_channel.mean(axis, keepdim=True)
+            state[name] = one.repeat_interleave(n, axis).flatten(axis, axis + 1)
+    converted = _build(AutoencoderKL, replace(network.config, image_channels=int(n)))
+    converted.load_state_dict(state)
+    return converted.to(network.quant.weight.device).train(network.training)
+
+
 def load_compvis_autoencoder(path) -> AutoencoderKL:
     """A KL autoencoder in CompVis' latent-diffusion layout (``encoder.down.0.block.0.norm1.weight``).
 
     Accepts ``.safetensors``, ``.ckpt`` and ``.pt`` files, or a directory with one. Of a whole
-    latent-diffusion checkpoint only ``first_stage_model.*`` is read; training-only ``loss.*`` is ignored.
-    Parameters, returns and errors as `load_original_unet`.
+    latent-diffusion checkpoint only ``first_stage_model.*`` is read; what only training needs, ``loss.*`` and
+    ``model_ema.*``, is ignored. Parameters, returns and errors as `load_original_unet`.
     """
-    tensors = _read(path)
-    if any(name.startswith("first_stage_model.") for name in tensors):
-        tensors = {name: value for name, value in tensors.items() if name.startswith("first_stage_model.")}
-        tensors = _without_prefix(tensors, "first_stage_model.")
-    tensors = {name: value for name, value in tensors.items() if not name.startswith("loss.")}
+    return _from_compvis(_autoencoder_part(_read(path)), path)
+
+
+def load_diffusers_autoencoder(path) -> AutoencoderKL:
+    """A KL autoencoder in the layout of diffusers' ``AutoencoderKL``.
+
+    Accepts the weight file, or a directory with it (``vae/`` inside is found too); a ``config.json`` beside
+    it is checked against what the weights say. Parameters, returns and errors as `load_original_unet`.
+    """
+    return _from_diffusers(_autoencoder_part(_read(path)), path)
+
+
+def _from_compvis(tensors: dict[str, Tensor], path) -> AutoencoderKL:
     n_levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     rules = [
         (r"encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.levels.\1.\2."),
@@ -108,13 +244,7 @@ def load_compvis_autoencoder(path) -> AutoencoderKL:
     return _autoencoder(tensors, rules, n_levels, path)
 
 
-def load_diffusers_autoencoder(path) -> AutoencoderKL:
-    """A KL autoencoder in the layout of diffusers' ``AutoencoderKL``.
-
-    Accepts the weight file, or a directory with it (``vae/`` inside is found too); a ``config.json`` beside
-    it is checked against what the weights say. Parameters, returns and errors as `load_original_unet`.
-    """
-    tensors = _read(path)
+def _from_diffusers(tensors: dict[str, Tensor], path) -> AutoencoderKL:
     n_levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
     rules = [
         (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.levels.\1.\2."),
@@ -139,7 +269,7 @@ def load_diffusers_autoencoder(path) -> AutoencoderKL:
 
 def _autoencoder(tensors: dict[str, Tensor], rules, n_levels: int, path) -> AutoencoderKL:
     """Rename by rules, fuse queries, keys and values, read the shape off the weights, fill."""
-    _require(tensors, "encoder.conv_in.weight", path)
+    _require(tensors, _STEM, path)
     rules = [
         *rules,
         (r"^(encoder|decoder)\.conv_in\.", r"\1.stem.conv."),
@@ -173,7 +303,37 @@ def _autoencoder(tensors: dict[str, Tensor], rules, n_levels: int, path) -> Auto
         n_res_blocks=n_res_blocks,
         mid_attention="encoder.middle.attention.qkv.weight" in fused,
     )
-    return _fill(AutoencoderKL(config), fused, path)
+    return _fill(_build(AutoencoderKL, config), fused, path)
+
+
+def _autoencoder_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An autoencoder's weights by their bare names, out of whatever it was wrapped in or trained with."""
+    prefixes = [name.removesuffix(_STEM) for name in tensors if name.endswith(_STEM)]
+    prefix = min(prefixes, key=lambda found: ("first_stage_model." not in found, len(found)), default="")
+    part = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    return {name: value for name, value in part.items() if not name.startswith(_TRAINING_ONLY)}
+
+
+def _load_saved(path: Path) -> AutoencoderKL | None:
+    """The autoencoder in a directory that a detector's ``save`` wrote; None if it is no such directory."""
+    folder = path.parent if path.name == SAVED_WEIGHTS else path
+    config = _read_config(folder / "config.json")
+    if config.get("format") != "madad":
+        return None
+    tensors = _read(folder / SAVED_WEIGHTS)
+    weights = {name: value for name, value in tensors.items() if not name.startswith("latent_")}
+    try:
+        fields = config["autoencoder"]["network"]["fields"]
+        plain: dict[str, Any] = {
+            key: tuple(value["__tuple__"]) if isinstance(value, dict) else value
+            for key, value in fields.items()
+        }
+        return _fill(_build(AutoencoderKL, AutoencoderConfig(**plain)), weights, folder)
+    except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} must describe the autoencoder beside it, got what cannot be read "
+            f"({type(error).__name__}: {error}). Upgrade madad, or save the model again."
+        ) from error
 
 
 def _fuse_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -256,8 +416,54 @@ def _by_kind_then_head(value: Tensor, n_heads: int) -> Tensor:
     return by_head.transpose(0, 1).reshape(value.shape)
 
 
+def _local_path(source, hub_cache) -> Path:
+    """``source`` if it exists, else where the hub's repository of that name was downloaded to."""
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"source must be a path or the name of a hub repository, got {source!r}. Give one of them."
+        )
+    path = Path(source)
+    if path.exists():
+        return path
+    named = re.fullmatch(_HUB_ID, source) if isinstance(source, str) else None
+    if named is None or path.suffix in WEIGHT_SUFFIXES:
+        raise FileNotFoundError(
+            f"source must name a weight file, a directory with one, or a hub repository as 'owner/name', got "
+            f"{str(source)!r}. Check the path."
+        )
+    return _download(named[1], named[2], hub_cache)
+
+
+def _download(repository: str, revision: str | None, hub_cache) -> Path:
+    """The local copy of a hub repository's autoencoder."""
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise ImportError(
+            f"source must be an existing path where huggingface_hub is not installed, got {repository!r}. "
+            f'Install it: pip install "madad[hub]".'
+        ) from error
+    try:
+        copy = hub.snapshot_download(
+            repository, revision=revision, cache_dir=hub_cache, allow_patterns=[*HUB_CONFIGS, *HUB_WEIGHTS]
+        )
+    except Exception as error:  # those of its HTTP client are no OSErrors
+        wanted = f"{repository}@{revision}" if revision else repository
+        raise OSError(
+            f"source must be an existing path or a repository that the hub gives, got {wanted!r} "
+            f"({type(error).__name__}: {shorten(str(error), 300)}). Check the name and the connection, set "
+            f"HF_HOME to a cache that has it, or download it elsewhere and pass the directory."
+        ) from error
+    if not any(Path(copy, name).is_file() for name in HUB_WEIGHTS):
+        raise FileNotFoundError(
+            f"source must be a repository with one of {list(HUB_WEIGHTS)}, got {repository!r} without. "
+            f"Download its weight file and pass the path."
+        )
+    return Path(copy)
+
+
 def _read(path) -> dict[str, Tensor]:
-    """Named float32 tensors of a weight file, or of the one in a directory."""
+    """Named tensors of a weight file, or of the one in a directory."""
     path = Path(path)
     if path.is_dir():
         path = _weight_file_in(path)
@@ -267,15 +473,13 @@ def _read(path) -> dict[str, Tensor]:
         )
     if path.suffix == ".safetensors":
         try:
-            tensors = load_file(path)
+            return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path} must be a safetensors file, got one that cannot be read ({error}). "
                 f"Download it again."
             ) from error
-    else:
-        tensors = read_pickled_tensors(path)
-    return {name: value.float() for name, value in tensors.items()}
+    return read_pickled_tensors(path)
 
 
 def _weight_file_in(directory: Path) -> Path:
@@ -283,8 +487,7 @@ def _weight_file_in(directory: Path) -> Path:
         for name in WEIGHT_FILES:
             if (folder / name).is_file():
                 return folder / name
-    suffixes = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-    found = [file for file in sorted(directory.iterdir()) if file.suffix in suffixes]
+    found = [file for file in sorted(directory.iterdir()) if file.suffix in WEIGHT_SUFFIXES]
     if len(found) != 1:
         raise FileNotFoundError(
             f"path must name a directory with one weight file, got {directory} with "
@@ -293,8 +496,13 @@ def _weight_file_in(directory: Path) -> Path:
     return found[0]
 
 
+def _build(kind: type[Network], config) -> Network:
+    with isolated_seed(0):  # building a network draws weights
+        return kind(config)
+
+
 def _fill(network: Network, tensors: dict[str, Tensor], path) -> Network:
-    """Load strictly; the error lists what is missing, unknown or of another shape."""
+    """Load strictly, as float32; the error lists what is missing, unknown or of another shape."""
     wanted = network.state_dict()
     missing = sorted(wanted.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - wanted.keys())
@@ -332,17 +540,29 @@ def _check_diffusers_config(path, network: AutoencoderKL) -> None:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     for file in (folder / "config.json", folder / "vae" / "config.json"):
-        if file.is_file():
-            config = json.loads(file.read_text())
-            found = network.config
-            of_weights = {
-                "block_out_channels": [found.base_channels * m for m in found.channel_multipliers],
-                "latent_channels": found.latent_channels,
-                "norm_num_groups": found.norm_groups,  # the weights do not tell; ours has always 32
-            }
-            for key, value in of_weights.items():
-                if config.get(key, value) != value:
-                    raise ValueError(
-                        f"{file} must agree with the weights, got {key} {config[key]} where the network read "
-                        f"from them has {value}. Put the two that belong together into one directory."
-                    )
+        config = _read_config(file)
+        found = network.config
+        of_weights = {
+            "block_out_channels": [found.base_channels * m for m in found.channel_multipliers],
+            "latent_channels": found.latent_channels,
+            "norm_num_groups": found.norm_groups,  # the weights do not tell; ours has always 32
+        }
+        for key, value in of_weights.items():
+            if config.get(key, value) != value:
+                raise ValueError(
+                    f"{file} must agree with the weights, got {key} {config[key]} where the network read "
+                    f"from them has {value}. Put the two that belong together into one directory."
+                )
+
+
+def _read_config(file: Path) -> dict:
+    """A JSON object; empty where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON, got a damaged file ({error}). Download it again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}. Download it again.")
+    return config

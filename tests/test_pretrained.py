@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import re
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from madad.diffusion import MaskedDDIM, NoiseSchedule, masked_diffusion_loss
+from madad.nn import AutoencoderConfig, AutoencoderKL
 from madad.pretrained import (
+    load_autoencoder,
     load_compvis_autoencoder,
     load_diffusers_autoencoder,
     load_original_unet,
+    to_image_channels,
 )
+from madad.testing import tiny_detector
 
 GROUPS = 32  # of every group norm in all three layouts: the narrowest network has 32 channels
 
@@ -431,6 +437,333 @@ def test_diffusers_config_must_agree_with_the_weights(tmp_path, in_vae, config, 
             load_diffusers_autoencoder(tmp_path)
 
 
+# Whatever autoencoder it is
+
+
+class Hostile:
+    """Calls `os.system` when unpickled the usual way."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def save_whole_module(weights, path, monkeypatch):
+    """A whole module, as the original repository publishes it; its class is nowhere to be imported from."""
+    gone = types.ModuleType("gone_package")
+    gone.AutoencoderKL = type("AutoencoderKL", (nn.Module,), {"__module__": "gone_package"})
+    module = module_of(weights | {"loss.logvar": torch.ones(1)})
+    module.loss.register_buffer("shift", torch.ones(1))
+    module.attack = Hostile(f"touch {path.parent / 'marker'}")
+    module.__class__ = gone.AutoencoderKL
+    monkeypatch.setitem(sys.modules, "gone_package", gone)
+    torch.save(module, path)
+    monkeypatch.delitem(sys.modules, "gone_package")
+    return path
+
+
+def in_latent_diffusion(weights):
+    """A checkpoint with the other networks of a pipeline, one of which is an autoencoder too."""
+    other = compvis_weights(base=64)
+    state = {f"first_stage_model.{name}": value for name, value in weights.items()}
+    state |= {f"cond_stage_model.{name}": value for name, value in other.items()}
+    state |= {"model.diffusion_model.out.weight": torch.ones(1), "model_ema.decay": torch.ones(1)}
+    return {"global_step": 3, "state_dict": state}
+
+
+def wrapped(prefix, weights, others=()):
+    named = {f"{prefix}{name}": value for name, value in weights.items()}
+    return named | {name: torch.ones(1) for name in others}
+
+
+def write_pipeline(weights, folder):
+    (folder / "vae").mkdir()
+    (folder / "model_index.json").write_text("{}")
+    (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [32, 64]}))
+    save_file(in_diffusers_layout(weights), folder / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+LAYOUTS = {
+    "compvis": lambda w, d, _: save_file(w, d / "a.safetensors"),
+    "compvis checkpoint": lambda w, d, _: torch.save({"epoch": 3, "state_dict": dict(w)}, d / "a.ckpt"),
+    "compvis ema": lambda w, d, _: save_file(
+        wrapped("", w, ["model_ema.decay", "loss.a"]), d / "a.safetensors"
+    ),
+    "compvis distributed": lambda w, d, _: torch.save(wrapped("module.", w), d / "a.pt"),
+    "compvis module": lambda w, d, patch: save_whole_module(w, d / "a.pt", patch),
+    "latent diffusion": lambda w, d, _: torch.save(in_latent_diffusion(w), d / "a.ckpt"),
+    "diffusers": lambda w, d, _: save_file(in_diffusers_layout(w), d / "a.safetensors"),
+    "diffusers module": lambda w, d, patch: save_whole_module(in_diffusers_layout(w), d / "a.pt", patch),
+    "diffusers pipeline": lambda w, d, _: write_pipeline(w, d),
+}
+
+
+@pytest.mark.parametrize("write", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_layout_is_found_out(tmp_path, monkeypatch, write):
+    weights, state = compvis_weights(), torch.get_rng_state()
+    write(weights, tmp_path, monkeypatch)
+    check_autoencoder(load_autoencoder(tmp_path), weights)
+    if len(files := [path for path in tmp_path.iterdir() if path.is_file()]) == 1 and files[0].stem == "a":
+        check_autoencoder(load_autoencoder(str(files[0])), weights)
+    assert not (tmp_path / "marker").exists()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_half_precision_becomes_single(tmp_path):
+    weights = compvis_weights()
+    for name, value in weights.items():
+        weights[name] = value.half()
+    save_file(weights, tmp_path / "a.safetensors")
+    network = load_autoencoder(tmp_path)
+    assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
+    assert torch.equal(network.quant.weight, weights["quant_conv.weight"].float())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    images = np.random.default_rng(0).uniform(0.1, 1, (4, 16, 16)).astype(np.float32)
+    detector = tiny_detector(random_state=0).fit(images)
+    path = tmp_path_factory.mktemp("saved") / "model"
+    detector.save(path)
+    return detector, path
+
+
+def test_autoencoder_of_a_saved_detector(saved):
+    detector, path = saved
+    for source in (path, path / "autoencoder.safetensors"):
+        network = load_autoencoder(source)
+        assert network.config == detector.autoencoder_.config_ and not network.training
+        torch.testing.assert_close(
+            network.state_dict(), detector.autoencoder_.network_.state_dict(), rtol=0, atol=0
+        )
+    with pytest.raises(ValueError, match="source must hold a KL autoencoder.*denoiser.safetensors with"):
+        load_autoencoder(path / "denoiser.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "config.json must be JSON, got a damaged file"),
+        ("[]", "config.json must hold a JSON object, got list"),
+        ('{"format": "madad"}', "config.json must describe the autoencoder beside it.*KeyError"),
+        (
+            '{"format": "madad", "autoencoder": {"network": {"fields": {"n_heads": 3}}}}',
+            "config.json must describe the autoencoder beside it.*n_heads.*Upgrade madad",
+        ),
+        (
+            '{"format": "madad", "autoencoder": {"network": {"fields": {"base_channels": 32}}}}',
+            r"must hold exactly the weights of AutoencoderKL.*missing \['decoder",
+        ),
+    ],
+)
+def test_damaged_saved_detector(saved, tmp_path, config, message):
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "autoencoder.safetensors").symlink_to(saved[1] / "autoencoder.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_autoencoder(tmp_path)
+
+
+def test_unknown_layout_says_what_was_looked_for_and_what_was_found(tmp_path):
+    for weights, found in (
+        (original_unet_weights(), r"\['input_blocks.0.0.bias', .*'\] and \d+ names more"),
+        (wrapped("a.", {}, ["b.weight"]), r"\['b.weight'\] and 0 names more"),
+    ):
+        save_file(weights, tmp_path / "a.safetensors")
+        message = r"source must .*encoder.down.0.block.0.\*.*encoder.down_blocks.0.resnets.0.\*.*madad saved"
+        with pytest.raises(ValueError, match=message + ".*a.safetensors with " + found):
+            load_autoencoder(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["compvis", "diffusers"])
+def test_missing_and_unknown_weights_are_listed_whatever_the_layout(tmp_path, layout):
+    _, weights, name, ours = LOADERS[layout]
+    weights = dict(weights())
+    weights["extra.weight"] = weights.pop(name)
+    save_file(weights, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=rf"missing \['{ours}'\], unknown \['extra.weight'\]"):
+        load_autoencoder(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "no/where/at_all", "weights/nowhere.ckpt", "./a/b", "a/b c"])
+def test_sources_that_are_neither_path_nor_repository(source):
+    with pytest.raises(
+        FileNotFoundError, match=f"source must name a weight file.*'{source}'. Check the path"
+    ):
+        load_autoencoder(source)
+
+
+def test_sources_of_other_types():
+    with pytest.raises(TypeError, match="source must be a path or the name of a hub repository, got 3"):
+        load_autoencoder(3)
+
+
+# From the hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A huggingface_hub without a network; what was asked of it is in its `calls`."""
+    fake = types.ModuleType("huggingface_hub")
+    fake.calls, fake.snapshot = [], tmp_path / "snapshot"
+    fake.snapshot.mkdir()
+
+    def snapshot_download(repo_id, **options):
+        fake.calls.append((repo_id, options))
+        return str(fake.snapshot)
+
+    fake.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+@pytest.mark.parametrize("revision", [None, "v1.0", "refs/pr/3"])
+def test_repositories_are_downloaded(hub, tmp_path, revision):
+    weights = compvis_weights()
+    write_pipeline(weights, hub.snapshot)
+    source = "some-body/kl_f8.mse" + (f"@{revision}" if revision else "")
+    check_autoencoder(load_autoencoder(source, hub_cache=tmp_path), weights)
+    ((repo_id, options),) = hub.calls
+    assert repo_id == "some-body/kl_f8.mse"
+    assert options["revision"] == revision and options["cache_dir"] == tmp_path
+    patterns = options["allow_patterns"]
+    assert {"config.json", "vae/diffusion_pytorch_model.safetensors"} <= set(patterns)
+    assert all(
+        pattern.endswith(("config.json", ".safetensors")) and "*" not in pattern for pattern in patterns
+    )
+
+
+def test_existing_paths_come_before_repositories(hub, tmp_path):
+    weights = compvis_weights()
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    save_file(weights, tmp_path / "owner" / "name" / "a.safetensors")
+    check_autoencoder(load_autoencoder("owner/name"), weights)
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("no snapshot"), ConnectionError("off"), Exception("x" * 999)]
+)
+def test_what_the_hub_does_not_give_is_an_oserror(hub, monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(OSError, match="source must be an existing path or .*'owner/name@v1'") as raised:
+        load_autoencoder("owner/name@v1")
+    message = str(raised.value)
+    assert type(error).__name__ in message and len(message) < 700
+    assert "HF_HOME" in message and "download it elsewhere and pass the directory" in message
+
+
+def test_repositories_without_weights_that_are_read(hub):
+    (hub.snapshot / "config.json").write_text("{}")
+    with pytest.raises(
+        OSError, match="source must be a repository with one of .*'owner/name' without. Download"
+    ):
+        load_autoencoder("owner/name")
+
+
+def test_missing_huggingface_hub_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"source must .*'owner/name'.*pip install \"madad\[hub\]\""):
+        load_autoencoder("owner/name")
+
+
+# Image channels
+
+SHAPES = {
+    "plain": {"base_channels": 8, "channel_multipliers": (1, 2), "norm_groups": 4},
+    "folded": {"patch_size": 2, "base_channels": 8, "channel_multipliers": (1, 2), "norm_groups": 4},
+    "linear": {
+        "patch_size": 4,
+        "base_channels": 8,
+        "channel_multipliers": (1,),
+        "norm_groups": 4,
+        "linear_shortcut": True,
+    },
+}
+all_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
+
+
+def random_network(image_channels, shape):
+    """Weights of the size that they are initialised with, every one of them random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(image_channels)
+        network = AutoencoderKL(AutoencoderConfig(image_channels=image_channels, n_res_blocks=1, **shape))
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.1) if parameter.ndim == 1 else None
+    return network.eval()
+
+
+def images(*shape):
+    return 2 * torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 1
+
+
+def nearly(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@all_shapes
+@pytest.mark.parametrize("channels", [2, 3])
+def test_grey_images_are_those_that_repeat_their_channel(shape, channels):
+    network = random_network(channels, shape)
+    grey_network, x = to_image_channels(network, 1), images(2, 1, 16, 24)
+    found, expected = grey_network.encode(x), network.encode(x.expand(-1, channels, -1, -1))
+    assert grey_network.config.image_channels == 1 and not grey_network.training
+    nearly(found.mean, expected.mean)
+    nearly(found.logvar, expected.logvar)
+    nearly(grey_network.decode(expected.mean), network.decode(expected.mean).mean(dim=1, keepdim=True))
+    assert expected.mean.std() > 0.01 and network.decode(expected.mean).std(dim=1).mean() > 0.01
+
+
+@torch.no_grad()
+@all_shapes
+def test_several_channels_are_read_as_their_mean_and_written_as_equals(shape):
+    network, x = random_network(1, shape), images(2, 3, 16, 24)
+    wide_network = to_image_channels(network, np.int64(3))
+    found, expected = wide_network.encode(x), network.encode(x.mean(dim=1, keepdim=True))
+    nearly(found.mean, expected.mean)
+    nearly(found.logvar, expected.logvar)
+    nearly(wide_network.decode(expected.mean), network.decode(expected.mean).expand(-1, 3, -1, -1))
+    back = to_image_channels(wide_network, 1)
+    torch.testing.assert_close(back.state_dict(), network.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+def test_conversion_leaves_the_network_as_it_was():
+    network = random_network(3, SHAPES["linear"]).train()
+    before, state = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
+    assert to_image_channels(network, 3) is network
+    assert to_image_channels(network, 1).training
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert network.config.image_channels == 3 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_published_weights_can_be_converted_when_they_are_loaded(tmp_path):
+    save_file(compvis_weights(image_channels=3), tmp_path / "a.safetensors")
+    found = load_autoencoder(tmp_path, image_channels=1)
+    expected = to_image_channels(load_autoencoder(tmp_path), 1)
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "n", "error", "message"),
+    [
+        (3, 2, ValueError, "n must be 1 or 3 where the network's image channels are 3, got 2"),
+        (2, 0, ValueError, "n must be 1 or 2 .*, got 0. .*convert to 1 first"),
+        (1, -1, ValueError, "n must be at least 1 .*, got -1"),
+        (3, 1.0, TypeError, "n must be a whole number of image channels, got 1.0"),
+    ],
+)
+def test_other_numbers_of_channels_are_refused(given, n, error, message):
+    with pytest.raises(error, match=message):
+        to_image_channels(random_network(given, SHAPES["plain"]), n)
+
+
 # Errors
 
 LOADERS = {
@@ -546,7 +879,13 @@ def test_restorations_of_the_original_unet_are_reproduced(original, n_steps):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("layout", "load"), [("compvis", load_compvis_autoencoder), ("diffusers", load_diffusers_autoencoder)]
+    ("layout", "load"),
+    [
+        ("compvis", load_compvis_autoencoder),
+        ("diffusers", load_diffusers_autoencoder),
+        ("compvis", load_autoencoder),
+        ("diffusers", load_autoencoder),
+    ],
 )
 def test_autoencoders_reproduce_their_reference_outputs(reference_dir, layout, load):
     network = load(reference_dir / f"{layout}_kl_f8_ch32.safetensors")

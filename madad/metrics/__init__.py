@@ -14,6 +14,8 @@ are chosen on the very data they are evaluated on; report the Dice at a threshol
 
 Arrays that break these rules, data without a lesion where one is needed and numbers out of range raise
 ValueError; a dtype or threshold that is no number raises TypeError.
+
+`reconstruction_errors` stands apart: it compares images with their reconstructions.
 """
 
 from madad.metrics.bootstrap import bootstrap_ci
@@ -27,6 +29,7 @@ from madad.metrics.dice import (
 )
 from madad.metrics.evaluation import evaluate_maps
 from madad.metrics.lesions import LesionDetection, lesion_detection, size_strata
+from madad.metrics.reconstruction import reconstruction_errors
 from madad.metrics.scorers import auprc_scorer, image_auroc_scorer, max_dice_scorer, pooled_max_dice_scorer
 
 __all__ = [
@@ -45,5 +48,6 @@ __all__ = [
     "max_dice_pooled",
     "max_dice_scorer",
     "pooled_max_dice_scorer",
+    "reconstruction_errors",
     "size_strata",
 ]
