@@ -22,9 +22,9 @@ import numpy as np
 from sklearn.utils import Bunch
 
 from madad import (
-    IntensityAugmentation,
     LatentAutoencoder,
     MaskedDiffusionAnomalyDetector,
+    SliceAugmentation,
     Trainer,
     __version__,
 )
@@ -212,7 +212,7 @@ def fitted(
         options.preset,
         autoencoder=LatentAutoencoder(trainer=trainer(options.autoencoder_steps, 2e-3, 32)),
         trainer=trainer(options.denoiser_steps, 1e-3, 16),
-        augmentation=IntensityAugmentation(options.augment) if options.augment else None,
+        augmentation=SliceAugmentation(options.augment) if options.augment else None,
         pixel_specificity=PIXEL_SPECIFICITY,
         device=options.device,
         random_state=seed,

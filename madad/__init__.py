@@ -1,13 +1,13 @@
 """Masked latent diffusion for unsupervised anomaly detection in brain MRI."""
 
 from madad._version import __version__
-from madad.augmentation import IntensityAugmentation
+from madad.augmentation import SliceAugmentation
 from madad.autoencoding import LatentAutoencoder
 from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.training import Trainer
 
 __all__ = [
-    "IntensityAugmentation",
+    "SliceAugmentation",
     "LatentAutoencoder",
     "MaskedDiffusionAnomalyDetector",
     "Trainer",

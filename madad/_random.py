@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 from sklearn.utils import check_random_state
 
 
@@ -30,3 +31,16 @@ def isolated_seed(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
         yield
+
+
+def hold_out(n: int, groups, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the samples to train on and of those held out; whole groups where there are several."""
+    if share == 0:
+        return np.arange(n), np.arange(0)
+    if groups is not None and len(np.unique(groups)) > 1:
+        splitter = GroupShuffleSplit(1, test_size=share, random_state=seed)
+    else:
+        groups = None
+        splitter = ShuffleSplit(1, test_size=share, random_state=seed)
+    train, held_out = next(splitter.split(np.zeros(n), groups=groups))
+    return np.sort(train), np.sort(held_out)

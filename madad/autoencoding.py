@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
+from torch import Tensor, nn
 
-from madad._random import generator_from, isolated_seed, spawn_seeds
+from madad._random import generator_from, hold_out, isolated_seed, spawn_seeds
 from madad._tensors import (
     default_batch_size,
     fixed_batches,
@@ -26,11 +27,14 @@ from madad._tensors import (
     to_network,
 )
 from madad._validation import SliceStack, as_numpy, check_slices
-from madad.nn import AUTOENCODER_SIZES, AutoencoderConfig, AutoencoderKL
+from madad.augmentation import SliceAugmentation
+from madad.metrics import reconstruction_errors
+from madad.nn import AUTOENCODER_SIZES, AutoencoderConfig, AutoencoderKL, PatchDiscriminator, make_perceptual
+from madad.pretrained import load_autoencoder
+from madad.reconstruction import ReconstructionObjective, TrainedAutoencoder
 from madad.training import Trainer
 
 BACKGROUND = -1.0  # of a network image
-STRUCTURE_SCALES = (1, 2, 4)
 COMPONENT_SLICES = 256
 AUTO_SIZES = (("fast-f2", 80), ("fast-f4", 160), ("fast-f8", math.inf))
 LATENT_STATISTICS = ("latent_shift_", "latent_scale_")
@@ -101,14 +105,32 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         gives latents of about 32 x 32: a factor of 2 for slices of up to 80 pixels, 4 up to 160, else 8.
     latent_channels : int or None
         Overrides the size's number of latent channels.
+    init : path-like, str or None
+        Weights to start from instead of ``size``: whatever `madad.pretrained.load_autoencoder` reads, a file,
+        a directory or a hub id. Three-channel weights serve slices of one channel.
+    pixel_loss : {"l1", "charbonnier"}
+        Of the reconstruction.
     kl_weight : float
         Weight of the KL divergence (per latent value) to the standard normal.
     structure_weight : float
         Weight of the L1 distance of image gradients at scales 1, 2 and 4.
+    perceptual : None, "efficientnet-lite0" or callable (x_hat, x) -> Tensor
+        A distance of features; see `madad.nn.make_perceptual`.
+    perceptual_weight : float
+        Its weight.
+    adversarial_weight : float
+        Weight of the patch-adversarial term beside the adaptive one; 0 = no discriminator.
+    adversarial_start : int
+        Steps before the discriminator is trained and heeded.
+    learn_logvar : bool
+        Learn the log-variance of the reconstruction term, as latent diffusion's code can.
     flip : bool
         Train on left-right mirrored slices too.
+    augmentation : SliceAugmentation or None
+        Train on a new augmented copy of each slice at each step, for ``n_copies`` out of ``n_copies + 1``.
     trainer : Trainer or None
-        None = ``Trainer()``.
+        None = ``Trainer()``. With a ``validation_fraction``, slices (or whole groups) are held out, and the
+        weights with the best reconstruction of them are kept.
     image_shape : (H, W) or (C, H, W) or None
         What flat rows are folded to; see `fit`.
     intensity_range : (float, float) or "data"
@@ -136,9 +158,10 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
 
     Notes
     -----
-    Loss: L1 + ``structure_weight`` x multi-scale gradient L1 + ``kl_weight`` x KL. The paper adds
-    perceptual and patch-adversarial terms and fine-tunes a pretrained kl-f8 (Rombach et al., CVPR 2022).
-    Published pipelines multiply latents by the literal 0.18215; here the scale is estimated.
+    The loss is `madad.reconstruction.ReconstructionObjective`. The paper's autoencoder is a kl-f8 (Rombach et
+    al., CVPR 2022), pretrained with perceptual and patch-adversarial terms and fine-tuned on healthy slices:
+    ``init=path, perceptual="efficientnet-lite0", adversarial_weight=0.5``. Published pipelines multiply
+    latents by one literal scale; here it is estimated.
     """
 
     def __init__(
@@ -146,9 +169,17 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         size: str | AutoencoderConfig = "auto",
         *,
         latent_channels: int | None = None,
+        init=None,
+        pixel_loss: str = "l1",
         kl_weight: float = 1e-6,
         structure_weight: float = 1.0,
+        perceptual=None,
+        perceptual_weight: float = 0.1,
+        adversarial_weight: float = 0.0,
+        adversarial_start: int = 500,
+        learn_logvar: bool = False,
         flip: bool = True,
+        augmentation: SliceAugmentation | None = None,
         trainer: Trainer | None = None,
         image_shape=None,
         intensity_range=(0.0, 1.0),
@@ -159,9 +190,17 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
     ):
         self.size = size
         self.latent_channels = latent_channels
+        self.init = init
+        self.pixel_loss = pixel_loss
         self.kl_weight = kl_weight
         self.structure_weight = structure_weight
+        self.perceptual = perceptual
+        self.perceptual_weight = perceptual_weight
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start = adversarial_start
+        self.learn_logvar = learn_logvar
         self.flip = flip
+        self.augmentation = augmentation
         self.trainer = trainer
         self.image_shape = image_shape
         self.intensity_range = intensity_range
@@ -178,7 +217,7 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "history_")
 
-    def fit(self, X, y=None, *, brain_mask=None):
+    def fit(self, X, y=None, *, brain_mask=None, groups=None):
         """Train on healthy slices.
 
         Parameters
@@ -190,50 +229,51 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         y : ignored
         brain_mask : array-like of bool, shape of ``X`` without channels, optional
             Where latent statistics are taken. None = where ``X`` > 0.
+        groups : array-like of shape (n,), optional
+            Subjects: all slices of one are held out for validation, or none.
 
         Returns
         -------
         self
         """
         stack = self._check_fit_slices(X, brain_mask)
-        return self.fit_stack(stack)
+        return self.fit_stack(stack, groups)
 
-    def fit_stack(self, stack: SliceStack):
+    def fit_stack(self, stack: SliceStack, groups=None):
         """`fit` on slices that are already checked."""
+        trainer = clone(self.trainer) if self.trainer is not None else Trainer()
+        trainer.check()
         self.image_shape_, self.intensity_range_ = stack.image_shape, stack.intensity_range
         self.n_features_in_ = int(np.prod(stack.values.shape[1:]))
         device = resolve_device(self.device)
         weights_seed, training_seed = spawn_seeds(self.random_state, 2)
-        with isolated_seed(weights_seed):
-            self.network_ = AutoencoderKL(self._config(stack.image_shape)).to(device)
-        if self.config_.linear_shortcut:
-            self._start_from_components(stack, weights_seed)
+        train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, training_seed)
+        training, validation = stack.subset(train), stack.subset(held_out)
+        self.network_, objective = self._start(training, weights_seed)
         self.latent_shift_ = np.zeros(self.config_.latent_channels, np.float32)
         self.latent_scale_ = np.ones(self.config_.latent_channels, np.float32)
 
-        def loss(network, index, generator):
-            x = self.pad(to_network(stack.images(index.numpy()), device))
-            if self.flip:
-                mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-                x = torch.where(mirrored.to(device), x.flip(-1), x)
-            x_hat, posterior = network(x, generator)
-            x_hat, values_per_image = x_hat.float(), posterior.mean[0].numel()
-            terms = {
-                "l1": (x_hat - x).abs().mean(),
-                "structure": structure_distance(x_hat, x),
-                "kl": posterior.kl().mean() / values_per_image,
-            }
-            total = terms["l1"] + self.structure_weight * terms["structure"] + self.kl_weight * terms["kl"]
-            return total, {name: term.detach() for name, term in terms.items()}
+        def loss(trained, index, generator, step):
+            x = self.pad(self._vary(*self._network_images(training, index, device), generator))
+            return objective(trained, x, generator, step)
 
-        trainer = clone(self.trainer) if self.trainer is not None else Trainer()
+        def validation_loss(trained, index, generator, step):
+            x = self.pad(self._network_images(validation, index, device)[0])
+            return objective.of_validation(trained, x)
+
+        trained = TrainedAutoencoder(self.network_, learn_logvar=self.learn_logvar).to(device)
         with isolated_seed(training_seed):
             self.history_ = trainer.optimise(
-                self.network_,
+                trained,
                 loss,
-                len(stack),
+                len(training),
                 generator=generator_from(training_seed),
                 batch_size=default_batch_size(*stack.image_shape[1:]),
+                rival=objective.discriminator,
+                rival_loss=objective.of_discriminator if objective.discriminator is not None else None,
+                validation_loss=validation_loss if len(validation) else None,
+                n_validation=len(validation),
+                identity=self._identity(stack, groups) if trainer.checkpoint_dir is not None else "",
                 description="autoencoder",
                 verbose=self.verbose,
             )
@@ -318,6 +358,109 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         channels = self.latent_channels or size.latent_channels
         return replace(size, image_channels=image_shape[0], latent_channels=channels)
 
+    def _start(self, stack: SliceStack, seed: int) -> tuple[AutoencoderKL, ReconstructionObjective]:
+        """The network before training, on the device, and what it is trained for."""
+        device, channels = resolve_device(self.device), stack.image_shape[0]
+        with isolated_seed(seed):
+            if self.init is not None:
+                self.network_ = load_autoencoder(self.init, image_channels=channels)
+                self._check_latent_channels()
+            else:
+                self.network_ = AutoencoderKL(self._config(stack.image_shape))
+        if self.init is None and self.config_.linear_shortcut:
+            self._start_from_components(stack, seed)
+        perceptual = make_perceptual(self.perceptual) if self.perceptual_weight > 0 else None
+        discriminator = None
+        if self.adversarial_weight > 0:
+            with isolated_seed(seed + 1):
+                discriminator = PatchDiscriminator(channels).to(device)
+        return self.network_.to(device), ReconstructionObjective(
+            self.pixel_loss,
+            self.kl_weight,
+            self.structure_weight,
+            perceptual.to(device) if isinstance(perceptual, nn.Module) else perceptual,
+            self.perceptual_weight,
+            discriminator,
+            self.adversarial_weight,
+            self.adversarial_start,
+        )
+
+    def _check_latent_channels(self) -> None:
+        if self.latent_channels not in (None, self.config_.latent_channels):
+            raise ValueError(
+                f"latent_channels must be None or those of init, {self.config_.latent_channels}, got "
+                f"{self.latent_channels!r}. Leave it at None."
+            )
+
+    def _network_images(
+        self, stack: SliceStack, index: Tensor, device: torch.device
+    ) -> tuple[Tensor, np.ndarray]:
+        """Network images of some samples, and their brain masks."""
+        rows = index.numpy()
+        return to_network(stack.images(rows), device), stack.brain(rows)
+
+    def _vary(self, x: Tensor, brain: np.ndarray, generator: torch.Generator) -> Tensor:
+        """Mirror half of the slices and augment most, as ``flip`` and ``augmentation`` say."""
+        if self.flip:
+            mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+            x = torch.where(mirrored.to(x.device), x.flip(-1), x)
+            if self.augmentation is not None:
+                brain = np.where(mirrored.numpy(), brain[..., ::-1], brain)
+        if self.augmentation is not None:
+            share = self.augmentation.n_copies / (self.augmentation.n_copies + 1)
+            copied = torch.rand(len(x), 1, 1, 1, generator=generator) < share
+            copies, _ = self.augmentation(x, torch.from_numpy(brain.copy()).to(x.device), generator)
+            x = torch.where(copied.to(x.device), copies, x)
+        return x
+
+    def _identity(self, stack: SliceStack, groups) -> str:
+        """A hash of data and settings, for the trainer's checkpoints."""
+        settings = self.get_params(deep=False) | {"trainer": None, "verbose": None, "device": None}
+        return joblib.hash((settings, stack, None if groups is None else np.asarray(groups)))
+
+    def score_report(self, X, *, brain_mask=None) -> dict[str, float]:
+        """How good the reconstructions and the latents of slices are.
+
+        Parameters
+        ----------
+        X, brain_mask :
+            As in `fit`; slices that were not trained on.
+
+        Returns
+        -------
+        dict
+            ``mae``, ``psnr``, ``ssim`` and ``high_frequency_ratio`` inside the brain, see
+            `madad.metrics.reconstruction_errors`; ``latent_mean`` and
+            ``latent_std`` over the latent positions that hold brain (0 and 1 on the training slices); and
+            ``dead_channels``, the share of latent channels that vary less between positions than the
+            posterior's own standard deviation: they say nothing about the slice.
+
+        Raises
+        ------
+        ImportError
+            Without scikit-image (extra ``report``).
+        """
+        stack, device = self._check_slices(X, brain_mask), self._to_device()
+        originals, copies = [], []
+        latents: list[Tensor] = []
+        variances: list[Tensor] = []
+        with inference(self.network_):
+            for index, n_valid in fixed_batches(len(stack), self.batch_size_of()):
+                x, brain = self._network_images(stack, torch.from_numpy(index), device)
+                mean, logvar = self.encode(self.pad(x))
+                originals.append(to_images(x[:n_valid]))
+                copies.append(to_images(self.decode(mean)[:n_valid]))
+                inside = self.brain_fraction(brain, device)[:n_valid, 0] > 0
+                for parts, values in ((latents, mean), (variances, logvar.exp())):
+                    parts.append(values[:n_valid].permute(0, 2, 3, 1)[inside].double().cpu())
+        z, variance = torch.cat(latents), torch.cat(variances)
+        brain = stack.brain(np.arange(len(stack)))[:, 0]
+        return reconstruction_errors(np.concatenate(originals), np.concatenate(copies), brain) | {
+            "latent_mean": float(z.mean()),
+            "latent_std": float(z.std()),
+            "dead_channels": float((z.var(dim=0) < variance.mean(dim=0)).double().mean()),
+        }
+
     def _start_from_components(self, stack: SliceStack, seed: int) -> None:
         """Give the network blocks of brain from up to `COMPONENT_SLICES` slices."""
         rows = np.random.default_rng(seed).permutation(len(stack))[:COMPONENT_SLICES]
@@ -379,15 +522,3 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
             config, arrays = packed
             with isolated_seed(0):  # building a network draws weights
                 self.network_ = state_from_numpy(AutoencoderKL(config), arrays).eval()
-
-
-def structure_distance(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Mean L1 distance of horizontal and vertical image gradients at scales 1, 2 and 4."""
-    error = x_hat - x  # differences and means are linear, so they can be taken of the error
-    total = x.new_zeros(())
-    for scale in STRUCTURE_SCALES:
-        coarse = F.avg_pool2d(error, scale) if scale > 1 else error
-        for axis in (-1, -2):
-            if coarse.shape[axis] > 1:
-                total = total + coarse.diff(dim=axis).abs().mean()
-    return total / (2 * len(STRUCTURE_SCALES))

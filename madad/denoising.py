@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import joblib
 import torch
 from torch import Tensor, nn
 
-from madad._random import generator_from, isolated_seed
+from madad._random import generator_from, hold_out, isolated_seed
 from madad._tensors import fixed_batches, inference, to_network
 from madad._validation import SliceStack
-from madad.augmentation import IntensityAugmentation
+from madad.augmentation import SliceAugmentation
 from madad.diffusion import (
     CORRUPTIONS,
     EitherMask,
@@ -66,7 +67,7 @@ def cache_latents(
     stack: SliceStack,
     *,
     flip: bool,
-    augmentation: IntensityAugmentation | None = None,
+    augmentation: SliceAugmentation | None = None,
     generator: torch.Generator,
 ) -> LatentCache:
     """Encode slices, with ``flip`` their left-right mirror images too, and augmented copies of both.
@@ -76,7 +77,7 @@ def cache_latents(
     autoencoder : LatentAutoencoder
     stack : SliceStack
     flip : bool
-    augmentation : IntensityAugmentation or None
+    augmentation : SliceAugmentation or None
     generator : torch.Generator
         Source of the augmentation's randomness.
 
@@ -94,11 +95,12 @@ def cache_latents(
             images, brain = stack.images(index), stack.brain(index)
             for mirrored, copy in versions:
                 side = slice(None, None, -1 if mirrored else 1)
-                x = to_network(images[..., side].copy(), device)
+                x, inside = to_network(images[..., side].copy(), device), brain[..., side]
                 if copy and augmentation is not None:
-                    x = augmentation(x, torch.from_numpy(brain[..., side].copy()).to(device), generator)
+                    x, moved = augmentation(x, torch.from_numpy(inside.copy()).to(device), generator)
+                    inside = moved.cpu().numpy()
                 mean, logvar = autoencoder.encode(autoencoder.pad(x))
-                fraction = autoencoder.brain_fraction(brain[..., side], device)
+                fraction = autoencoder.brain_fraction(inside, device)
                 parts.append([part[:n_valid].float().clone() for part in (mean, logvar, fraction)])
     return LatentCache(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -112,7 +114,8 @@ def train_denoiser(
     trainer: Trainer,
     seed: int,
     flip: bool = True,
-    augmentation: IntensityAugmentation | None = None,
+    augmentation: SliceAugmentation | None = None,
+    groups=None,
     verbose: bool = False,
 ) -> tuple[nn.Module, list[dict]]:
     """Train a masked U-Net on the latents of healthy slices.
@@ -131,8 +134,10 @@ def train_denoiser(
     seed : int
     flip : bool
         Train on mirrored slices too.
-    augmentation : IntensityAugmentation or None
-        Train on copies with another contrast, brightness and bias field too.
+    augmentation : SliceAugmentation or None
+        Train on augmented copies too.
+    groups : array-like of shape (n,), optional
+        Subjects: all slices of one are held out for the trainer's validation, or none.
     verbose : bool
 
     Returns
@@ -144,20 +149,34 @@ def train_denoiser(
     """
     loss = make_objective(**objective)
     generator = generator_from(seed)
-    cache = cache_latents(autoencoder, stack, flip=flip, augmentation=augmentation, generator=generator)
+    train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, seed)
+    cache = cache_latents(
+        autoencoder, stack.subset(train), flip=flip, augmentation=augmentation, generator=generator
+    )
+    validation = None
+    if len(held_out):
+        validation = cache_latents(autoencoder, stack.subset(held_out), flip=False, generator=generator)
     with isolated_seed(seed):
         unet = make_denoiser(denoiser, cache.mean.shape[1]).to(cache.mean.device)
 
-        def batch_loss(module, index, generator):
-            index = index.to(cache.mean.device)
-            return loss(module, cache.sample(index, generator), cache.brain_fraction[index], generator)
+        def loss_on(latents):
+            def batch_loss(module, index, generator, step):
+                index = index.to(latents.mean.device)
+                return loss(
+                    module, latents.sample(index, generator), latents.brain_fraction[index], generator
+                )
+
+            return batch_loss
 
         history = trainer.optimise(
             unet,
-            batch_loss,
+            loss_on(cache),
             len(cache),
             generator=generator,
             batch_size=autoencoder.batch_size_of(),
+            validation_loss=None if validation is None else loss_on(validation),
+            n_validation=0 if validation is None else len(validation),
+            identity=joblib.hash((cache, objective)) if trainer.checkpoint_dir is not None else "",
             description="denoiser",
             verbose=verbose,
         )

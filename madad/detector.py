@@ -11,15 +11,14 @@ from numbers import Real
 import numpy as np
 from sklearn.base import OutlierMixin, clone
 from sklearn.frozen import FrozenEstimator
-from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit
 from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import nn
 
-from madad._random import isolated_seed, spawn_seeds
+from madad._random import hold_out, isolated_seed, spawn_seeds
 from madad._tensors import resolve_device, state_from_numpy, state_to_numpy
 from madad._validation import SliceStack
 from madad.anomaly_map import healthy_threshold, pool_map
-from madad.augmentation import IntensityAugmentation
+from madad.augmentation import SliceAugmentation
 from madad.autoencoding import LatentAutoencoder, SliceEstimator
 from madad.denoising import OBJECTIVE_KNOBS, check_denoiser, make_objective, train_denoiser
 from madad.diffusion import MaskedDDIM, NoiseSchedule
@@ -27,7 +26,17 @@ from madad.nn import MaskedUNet
 from madad.persistence import load_detector, save_detector
 from madad.presets import IMAGE_MAP_KNOBS, INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
 from madad.restoration import RestoredBatch, maps_of, restore_batches
-from madad.training import Trainer
+from madad.training import StopRequest, Trainer, graceful_stop
+
+HOUSEKEEPING = (
+    "checkpoint_dir",
+    "checkpoint_every_s",
+    "resume",
+    "callbacks",
+    "precision",
+    "channels_last",
+    "compile",
+)
 
 
 class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
@@ -44,7 +53,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         Where the parameters below that are None take their values from (`madad.presets.PRESETS`).
         ``"paper"`` is the published method, ``"original"`` what the published code does instead. ``"auto"``
         is ``"small"`` on a CPU and ``"base"`` on a GPU: the paper's method with corruptions that look more
-        like disease, more weight on the mask head, and the mean of its flags as the map.
+        like disease, more weight on the mask head, and repainting of what it flags.
     autoencoder : LatentAutoencoder, FrozenEstimator, str or None
         The first stage: an estimator to be cloned and fitted, ``FrozenEstimator(fitted)`` to share one, or
         the name of a size.
@@ -52,12 +61,13 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         The second stage's network: a name in `madad.nn.UNET_SIZES`, a shape, or a module that is called
         as `madad.nn.MaskedUNet` is.
     trainer : Trainer or None
-        Trains the denoiser; the autoencoder has its own.
-    augmentation : IntensityAugmentation or None
+        Trains the denoiser. A `LatentAutoencoder` given here has its own; the preset's shares this one's
+        checkpoint directory, callbacks and precision.
+    augmentation : SliceAugmentation or None
         Further copies of the healthy slices for the denoiser, with another contrast, brightness and bias
         field. Meant for scanners that were not trained on; not shown to help yet. None = no copies.
     corruption : {"gaussian", "mixture"}, Corruption or None
-        What fills masked latents in training: Gaussian noise (the paper) or a mixture of it with foreign
+        What fills masked latents in training: Gaussian noise (the paper) or a mixture of nothing, foreign
         latents and smooth offsets.
     mask_shape : {"patches", "blobs", "either"} or None
         Shape of the masked regions; patches are the paper's.
@@ -82,6 +92,8 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         Which times fewer than T steps visit: `madad.diffusion.NoiseSchedule.timesteps`.
     mask_threshold : float or None
         Positions with f_M above it are repaired, 0..1.
+    repaint : bool or None
+        Erase what is flagged and predict it anew, instead of moving it step by step: `MaskedDDIM`.
     anomaly_map : {"image", "latent", "mask"} or None
         Difference of images, of latents, or the mean of f_M over the steps.
     reference : {"reconstruction", "input"} or None
@@ -158,7 +170,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         autoencoder=None,
         denoiser=None,
         trainer: Trainer | None = None,
-        augmentation: IntensityAugmentation | None = None,
+        augmentation: SliceAugmentation | None = None,
         corruption=None,
         mask_shape: str | None = None,
         mask_ratio=None,
@@ -172,6 +184,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         eta: float | None = None,
         step_spacing: str | None = None,
         mask_threshold: float | None = None,
+        repaint: bool | None = None,
         anomaly_map: str | None = None,
         reference: str | None = None,
         map_difference: str | None = None,
@@ -207,6 +220,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         self.eta = eta
         self.step_spacing = step_spacing
         self.mask_threshold = mask_threshold
+        self.repaint = repaint
         self.anomaly_map = anomaly_map
         self.reference = reference
         self.map_difference = map_difference
@@ -246,29 +260,33 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         stack = self._check_fit_slices(X, brain_mask)
         self._check_fit_parameters(stack)
         split_seed, autoencoder_seed, denoiser_seed, self.sampler_seed_ = spawn_seeds(self.random_state, 4)
-        train, held_out = self._hold_out(len(stack), groups, split_seed)
+        train, held_out = hold_out(len(stack), groups, self.calibration_fraction, split_seed)
         self.calibration_rows_ = held_out
+        subjects = None if groups is None else np.asarray(groups)[train]
 
-        memory = check_memory(self.memory)
-        if isinstance(self.autoencoder, FrozenEstimator):
-            self.autoencoder_ = self._check_shared(self.autoencoder.estimator, stack)
-        else:
-            cached = memory.cache(_fit_autoencoder, ignore=["verbose"])
-            unfitted = self._make_autoencoder(autoencoder_seed)
-            self.autoencoder_ = cached(unfitted, stack.subset(train), verbose=self.verbose)
-        cached = memory.cache(train_denoiser, ignore=["verbose"])
-        self.denoiser_, self.history_ = cached(
-            self.autoencoder_,
-            stack.subset(train),
-            denoiser=copy.deepcopy(self._value_of("denoiser")),
-            objective={name: self._value_of(name) for name in OBJECTIVE_KNOBS},
-            trainer=self._make_trainer(),
-            seed=denoiser_seed,
-            augmentation=self.augmentation,
-            # one column is its own mirror image
-            flip=getattr(self.autoencoder_, "flip", False) and self.image_shape_[-1] > 1,
-            verbose=self.verbose,
-        )
+        with graceful_stop() as stop:
+            if isinstance(self.autoencoder, FrozenEstimator):
+                self.autoencoder_ = self._check_shared(self.autoencoder.estimator, stack)
+            else:
+                unfitted = self._make_autoencoder(autoencoder_seed)
+                self.autoencoder_ = self._cached(
+                    stop, _fit_autoencoder, unfitted, stack.subset(train), subjects, verbose=self.verbose
+                )
+            self.denoiser_, self.history_ = self._cached(
+                stop,
+                train_denoiser,
+                self.autoencoder_,
+                stack.subset(train),
+                denoiser=copy.deepcopy(self._value_of("denoiser")),
+                objective={name: self._value_of(name) for name in OBJECTIVE_KNOBS},
+                trainer=self._make_trainer(),
+                seed=denoiser_seed,
+                augmentation=self.augmentation,
+                # one column is its own mirror image
+                flip=getattr(self.autoencoder_, "flip", False) and self.image_shape_[-1] > 1,
+                groups=subjects,
+                verbose=self.verbose,
+            )
         self.n_timesteps_ = self._value_of("n_timesteps")
         self._calibrate(stack, held_out)
         return self
@@ -405,20 +423,20 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         knobs = self._inference_knobs()
         NoiseSchedule.cosine(self._value_of("n_timesteps")).timesteps(knobs["n_steps"], knobs["step_spacing"])
 
-    def _hold_out(self, n: int, groups, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of training slices and of those kept for calibration; whole groups where they are given."""
-        if groups is not None and len(np.unique(groups)) > 1:
-            splitter = GroupShuffleSplit(1, test_size=self.calibration_fraction, random_state=seed)
-        else:
-            groups = None
-            splitter = ShuffleSplit(1, test_size=self.calibration_fraction, random_state=seed)
-        train, held_out = next(splitter.split(np.zeros(n), groups=groups))
-        return np.sort(train), np.sort(held_out)
+    def _cached(self, stop: StopRequest, stage, *args, **options):
+        """One training stage through ``memory``, which does not keep what a signal cut short."""
+        shelved = check_memory(self.memory).cache(stage, ignore=["verbose"]).call_and_shelve(*args, **options)
+        result = shelved.get()
+        if stop.signal is not None:
+            shelved.clear()
+        return result
 
     def _make_autoencoder(self, seed: int) -> LatentAutoencoder:
         autoencoder = self._value_of("autoencoder")
         if isinstance(autoencoder, str):
             trainer = Trainer(**PRESETS[self.preset_]["autoencoder_training"])
+            if self.trainer is not None:
+                trainer.set_params(**{name: getattr(self.trainer, name) for name in HOUSEKEEPING})
             autoencoder = LatentAutoencoder(autoencoder, trainer=trainer)
         if not isinstance(autoencoder, LatentAutoencoder):
             raise TypeError(
@@ -486,7 +504,13 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
 
     def _restore_batches(self, stack: SliceStack, *, decode: bool) -> Iterator[RestoredBatch]:
         knobs = self._inference_knobs()
-        sampler = MaskedDDIM(knobs["n_steps"], knobs["eta"], knobs["mask_threshold"], knobs["step_spacing"])
+        sampler = MaskedDDIM(
+            knobs["n_steps"],
+            knobs["eta"],
+            knobs["mask_threshold"],
+            knobs["step_spacing"],
+            repaint=knobs["repaint"],
+        )
         return restore_batches(
             self.autoencoder_,
             self.denoiser_,
@@ -530,10 +554,10 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
 
 
 def _fit_autoencoder(
-    autoencoder: LatentAutoencoder, stack: SliceStack, *, verbose: bool
+    autoencoder: LatentAutoencoder, stack: SliceStack, groups, *, verbose: bool
 ) -> LatentAutoencoder:
     """The first stage as a function of its inputs, so that it can be cached."""
-    fitted = autoencoder.set_params(verbose=verbose).fit_stack(stack)
+    fitted = autoencoder.set_params(verbose=verbose).fit_stack(stack, groups)
     # A copy shares no object with the stack: joblib hashes both together, and shared objects count. Without
     # it the next stage would not recognise what comes from the cache as what was trained here.
     with isolated_seed(0):  # building a network draws weights

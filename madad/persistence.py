@@ -11,10 +11,10 @@ from sklearn.frozen import FrozenEstimator
 
 from madad._random import isolated_seed
 from madad._tensors import state_from_numpy, state_to_numpy
-from madad.augmentation import IntensityAugmentation
+from madad.augmentation import SliceAugmentation
 from madad.autoencoding import LATENT_STATISTICS, LatentAutoencoder
 from madad.checkpoint import from_json, read_model, to_json, write_model
-from madad.diffusion import ForeignLatents, GaussianNoise, Mixture, SmoothOffset
+from madad.diffusion import ErasedLatents, ForeignLatents, GaussianNoise, Mixture, SmoothOffset
 from madad.nn import AutoencoderConfig, AutoencoderKL, MaskedUNet, UNetConfig
 from madad.training import Trainer
 
@@ -24,15 +24,17 @@ FITTED_AUTOENCODER = ("n_features_in_", "image_shape_", "intensity_range_", "his
 FITTED = (*FITTED_AUTOENCODER, "preset_", "sampler_seed_", "n_timesteps_")
 CALIBRATED = ("offset_", "map_threshold_", "calibrated_with_")
 NOT_SAVED = {"memory": None, "device": "auto", "verbose": False}
+NOT_SAVED_OF_TRAINER = {"checkpoint_dir": None, "callbacks": ()}
 SAVED_CLASSES: dict[str, type] = {
     allowed.__name__: allowed
     for allowed in (
         LatentAutoencoder,
         Trainer,
-        IntensityAugmentation,
+        SliceAugmentation,
         AutoencoderConfig,
         UNetConfig,
         GaussianNoise,
+        ErasedLatents,
         ForeignLatents,
         SmoothOffset,
         Mixture,
@@ -118,9 +120,16 @@ def _parameters_to_json(estimator) -> dict:
         parameters["denoiser"] = parameters["denoiser"].config
     if isinstance(parameters.get("autoencoder"), LatentAutoencoder):
         own = clone(parameters["autoencoder"]).set_params(device="auto")
+        own.set_params(init=None if own.init is None else str(own.init))
+        if not isinstance(own.perceptual, str | None):
+            own.set_params(perceptual=None)  # of training only
+        if own.trainer is not None:
+            own.trainer.set_params(**NOT_SAVED_OF_TRAINER)
         if isinstance(own.random_state, np.random.RandomState):
             own.set_params(random_state=None)
         parameters["autoencoder"] = own
     if isinstance(parameters["random_state"], np.random.RandomState):
         parameters["random_state"] = None
+    if isinstance(parameters["trainer"], Trainer):
+        parameters["trainer"] = clone(parameters["trainer"]).set_params(**NOT_SAVED_OF_TRAINER)
     return to_json(parameters | {name: value for name, value in NOT_SAVED.items() if name in parameters})

@@ -8,9 +8,10 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from madad.autoencoding import LatentAutoencoder, structure_distance
+from madad.autoencoding import LatentAutoencoder
 from madad.datasets import make_brain_slices
 from madad.nn import AUTOENCODER_SIZES, AutoencoderConfig
+from madad.reconstruction import structure_distance
 from madad.testing import tiny_autoencoder
 from madad.training import Trainer
 

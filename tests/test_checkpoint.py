@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 import madad.checkpoint
 from madad.autoencoding import LatentAutoencoder
 from madad.checkpoint import CALIBRATION, CONFIG, FORMAT_VERSION, from_json, read_model, to_json, write_model
-from madad.diffusion import ForeignLatents, GaussianNoise, Mixture, SmoothOffset
+from madad.diffusion import ErasedLatents, ForeignLatents, GaussianNoise, Mixture, SmoothOffset
 from madad.nn import AutoencoderConfig
 from madad.training import Trainer
 
@@ -23,6 +23,7 @@ CLASSES = {
         AutoencoderConfig,
         Mixture,
         GaussianNoise,
+        ErasedLatents,
         ForeignLatents,
         SmoothOffset,
     )

@@ -106,7 +106,7 @@ def search_data():
 
 def test_grid_search_over_training_and_inference_parameters():
     X, y, cv = search_data()
-    grid = {"gamma": [0.05, 1.0], "mask_loss_weight": [1e-3, 1e-1], "mask_ratio": [0.2, 0.4]}
+    grid = {"gamma": [0.05, 1.0], "mask_loss_weight": [1e-3, 1.0], "mask_ratio": [0.2, 0.4]}
     search = GridSearchCV(strict_detector(anomaly_map="image"), grid, scoring=max_dice_scorer, cv=cv)
     search.fit(X, y)
     assert len(search.cv_results_["params"]) == 8
@@ -115,7 +115,7 @@ def test_grid_search_over_training_and_inference_parameters():
         by_hand = strict_detector(anomaly_map="image", **params).fit(X[:24]).predict_maps(X[24:])
         assert score == max_dice_per_image(y[24:], by_hand).dice
     scores = search.cv_results_["mean_test_score"]
-    for name, low, high in (("gamma", 0.05, 1.0), ("mask_loss_weight", 1e-3, 1e-1), ("mask_ratio", 0.2, 0.4)):
+    for name, low, high in (("gamma", 0.05, 1.0), ("mask_loss_weight", 1e-3, 1.0), ("mask_ratio", 0.2, 0.4)):
         at = [scores[search.cv_results_[f"param_{name}"].data == value] for value in (low, high)]
         assert (at[0] != at[1]).any(), name  # none of the three is without effect
 

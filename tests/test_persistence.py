@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from madad import IntensityAugmentation, MaskedDiffusionAnomalyDetector
+from madad import MaskedDiffusionAnomalyDetector, SliceAugmentation
 from madad.diffusion import ForeignLatents, Mixture, SmoothOffset
 from madad.testing import tiny_autoencoder, tiny_detector
 
@@ -49,11 +49,11 @@ def test_nested_parameters_lose_their_device_and_generator_but_nothing_else(tmp_
     )
     corruption = Mixture((ForeignLatents(), SmoothOffset(noise=0.5)), (0.25, 0.75))
     detector = tiny_detector(
-        autoencoder=autoencoder, corruption=corruption, augmentation=IntensityAugmentation(n_copies=1)
+        autoencoder=autoencoder, corruption=corruption, augmentation=SliceAugmentation(n_copies=1)
     ).fit(X)
     detector.save(tmp_path / "model")
     loaded = MaskedDiffusionAnomalyDetector.load(tmp_path / "model")
-    assert loaded.corruption == corruption and loaded.augmentation == IntensityAugmentation(n_copies=1)
+    assert loaded.corruption == corruption and loaded.augmentation == SliceAugmentation(n_copies=1)
     assert (loaded.autoencoder.device, loaded.autoencoder.random_state) == ("auto", None)
     assert loaded.autoencoder.kl_weight == 1e-3
     np.testing.assert_array_equal(loaded.predict_maps(X), detector.predict_maps(X))

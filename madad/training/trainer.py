@@ -3,16 +3,61 @@
 from __future__ import annotations
 
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral
+from typing import cast
 
 import torch
 from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from madad._random import isolated_seed
+from madad.training.callbacks import TrainingState
+from madad.training.checkpoint import CheckpointFile, fingerprint
+from madad.training.run import TrainingRun, channels_last, peak_memory_mib
+from madad.training.stopping import StopRequest, graceful_stop
+
 PRECISIONS = ("auto", "float32", "bfloat16")
-Loss = Callable[[nn.Module, Tensor, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+VALIDATION_SEED = 0
+NOT_DECISIVE = ("checkpoint_dir", "checkpoint_every_s", "resume", "callbacks")
+Loss = Callable[[nn.Module, Tensor, torch.Generator, int], tuple[Tensor, dict[str, Tensor]]]
+RivalLoss = Callable[[nn.Module, Tensor, torch.Generator, int], tuple[Tensor, dict[str, Tensor]] | None]
+
+
+class TrainingStoppedWarning(UserWarning):
+    """A signal ended a training before it was done."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One call of `Trainer.optimise`; ``forward`` is the module, or what is compiled of it."""
+
+    forward: nn.Module
+    loss: Loss
+    rival_loss: RivalLoss | None
+    validation_loss: Loss | None
+    n_samples: int
+    n_validation: int
+    batch_size: int
+    n_batches: int
+    total_steps: float
+    validate_every: int
+    dtype: torch.dtype | None
+    stage: str
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    def validates_at(self, step: int) -> bool:
+        return self.validation_loss is not None and step % self.validate_every == 0
+
+    def ends_record_at(self, step: int) -> bool:
+        return step % self.n_batches == 0 or self.validates_at(step)
 
 
 class Trainer(BaseEstimator):
@@ -25,8 +70,8 @@ class Trainer(BaseEstimator):
     max_steps : int or None
         Upper bound on optimiser steps, whatever the number of epochs.
     max_time : float or None
-        Upper bound in seconds of wall-clock time. The learning rate then decays with the time that has
-        passed; results depend on the machine.
+        Upper bound in seconds of wall-clock time, those before an interruption included. The learning rate
+        then decays with the time that has passed; results depend on the machine.
     batch_size : int or None
         None = 32, or fewer where samples are large.
     learning_rate : float
@@ -42,6 +87,26 @@ class Trainer(BaseEstimator):
     precision : {"auto", "float32", "bfloat16"}
         ``"auto"`` is bfloat16 on a GPU that has it and float32 elsewhere. bfloat16 on a CPU pays where
         the CPU has matrix units for it.
+    validation_fraction : float
+        Share of the samples that an estimator holds out to choose the weights by; 0 = none.
+    validate_every : int or None
+        Steps between two validations. None = each epoch. The last step is followed by one in any case.
+    patience : int or None
+        Stop after so many validations in a row without a lower loss.
+    checkpoint_dir : path-like or None
+        Where runs are written down, a file for each. The same call finds its file again: it goes on where
+        an interrupted run was, and reads a finished one back at once.
+    checkpoint_every_s : float
+        Seconds between two checkpoints; 0 = after each step.
+    resume : {"auto", False}
+        ``False`` starts anew and overwrites the checkpoint.
+    callbacks : tuple of callables (state) -> None or "stop"
+        Called with a `TrainingState` after each record of the history. ``"stop"`` ends the training, as if
+        its last step were done.
+    compile : bool
+        Run the module through ``torch.compile``.
+    channels_last : bool
+        Keep the weights in channels-last format while training.
     """
 
     def __init__(
@@ -57,6 +122,15 @@ class Trainer(BaseEstimator):
         ema_decay: float = 0.995,
         gradient_clip: float | None = 1.0,
         precision: str = "auto",
+        validation_fraction: float = 0.0,
+        validate_every: int | None = None,
+        patience: int | None = None,
+        checkpoint_dir: str | os.PathLike | None = None,
+        checkpoint_every_s: float = 300.0,
+        resume: str | bool = "auto",
+        callbacks=(),
+        compile: bool = False,
+        channels_last: bool = False,
     ):
         self.max_epochs = max_epochs
         self.max_steps = max_steps
@@ -68,6 +142,15 @@ class Trainer(BaseEstimator):
         self.ema_decay = ema_decay
         self.gradient_clip = gradient_clip
         self.precision = precision
+        self.validation_fraction = validation_fraction
+        self.validate_every = validate_every
+        self.patience = patience
+        self.checkpoint_dir = checkpoint_dir
+        self.checkpoint_every_s = checkpoint_every_s
+        self.resume = resume
+        self.callbacks = callbacks
+        self.compile = compile
+        self.channels_last = channels_last
 
     def optimise(
         self,
@@ -77,79 +160,110 @@ class Trainer(BaseEstimator):
         *,
         generator: torch.Generator,
         batch_size: int = 32,
+        rival: nn.Module | None = None,
+        rival_loss: RivalLoss | None = None,
+        validation_loss: Loss | None = None,
+        n_validation: int = 0,
         description: str = "training",
+        identity: str = "",
         verbose: bool = False,
     ) -> list[dict]:
-        """Train ``module`` in place; it ends in evaluation mode with the averaged weights.
+        """Train ``module`` in place; it ends in evaluation mode with its best or its averaged weights.
 
         Parameters
         ----------
         module : nn.Module
             On the device to train on.
-        loss : callable (module, index, generator) -> (loss, parts)
-            ``index`` holds the samples of the batch; ``parts`` are named terms for the history.
+        loss : callable (module, index, generator, step) -> (loss, parts)
+            ``index`` holds the samples of the batch, ``step`` counts the steps done before; ``parts`` are
+            named terms for the history.
         n_samples : int
         generator : torch.Generator
-            The only source of randomness: order of the samples, and whatever ``loss`` draws.
+            The only source of randomness: order of the samples, and whatever ``loss`` draws. Dropout draws
+            from torch's global one; see `madad._random.isolated_seed`.
         batch_size : int
             Used where the trainer's own is None.
+        rival : nn.Module or None
+            Trained alternately with the module, as a discriminator is, with an optimiser of its own.
+        rival_loss : callable (rival, index, generator, step) -> (loss, parts) or None
+            Called after each step of the module, with the same batch and step; None = no step of the rival.
+        validation_loss : callable (module, index, generator, step) -> (loss, parts)
+            ``index`` counts the validation samples. The averaged weights are validated, with the same draws
+            each time; the module ends with those that did best.
+        n_validation : int
+            Number of validation samples; 0 = no validation.
         description : str
-            Label of the progress bar.
+            Label of the progress bar and start of the checkpoint's name.
+        identity : str
+            A hash of what the trainer cannot see: the data and the settings of the loss. Calls that differ
+            in nothing else than this have different checkpoints.
         verbose : bool
             Show the bar with loss and time left.
 
         Returns
         -------
         history : list of dict
-            Per epoch: ``step``, ``loss``, each part, ``learning_rate``, ``samples_per_second``.
+            A record at the end of each epoch and at each validation, about the steps since the one before:
+            ``step``, ``loss``, each part, ``rival_loss`` and its parts, ``learning_rate``,
+            ``samples_per_second``, ``peak_memory_mib`` (on a CPU that of the process, None where it is
+            unknown), ``validation_loss``, and ``best`` in the record of the weights that were kept.
+
+        Warns
+        -----
+        TrainingStoppedWarning
+            If SIGINT or SIGTERM came: training stopped after a step, its checkpoint is written, and the
+            module is as good as it got.
+
+        Notes
+        -----
+        A resumed run ends with the weights and the history, bit by bit on a CPU, of one that was never
+        interrupted. Checkpoints are found by the trainer's parameters, the arguments, the initial weights
+        and the generator's state: other runs may share the directory.
         """
         self.check()
+        validates = validation_loss is not None and n_validation > 0
+        if (rival is None) != (rival_loss is None):
+            raise ValueError(
+                f"rival and rival_loss must be given together, got {rival!r} and {rival_loss!r}. Give both."
+            )
+        if self.patience is not None and not validates:
+            raise ValueError(
+                f"patience must be None where nothing is validated, got {self.patience!r}. Set the trainer's "
+                f"validation_fraction to 0.1, say, or patience to None."
+            )
         batch_size = min(self.batch_size or batch_size, n_samples)
         n_batches = n_samples // batch_size
-        total_steps = min(self.max_epochs * n_batches, self.max_steps or math.inf)
-        device = next(module.parameters()).device
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        average = _MovingAverage(module, self.ema_decay)
-        dtype = self._autocast_dtype(device)
-
-        history, step, start = [], 0, time.monotonic()
-        module.train()
-        total = total_steps if self.max_time is None else None  # by time, the number of steps is open
-        with tqdm(total=total, desc=description, disable=not verbose, unit="step") as bar:
-            while step < total_steps and not self._out_of_time(start):
-                totals: dict[str, Tensor | float] = {}
-                epoch_start, first = time.monotonic(), step
-                order = torch.randperm(n_samples, generator=generator)
-                for index in order[: n_batches * batch_size].split(batch_size):
-                    if step >= total_steps or self._out_of_time(start):
-                        break
-                    rate = self._learning_rate(self._progress(step, total_steps, start))
-                    for group in optimiser.param_groups:
-                        group["lr"] = rate
-                    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                        value, parts = loss(module, index, generator)
-                    optimiser.zero_grad(set_to_none=True)
-                    value.backward()
-                    if self.gradient_clip is not None:
-                        nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
-                    optimiser.step()
-                    average.update(step)
-                    for name, part in {"loss": value.detach(), **parts}.items():
-                        totals[name] = totals.get(name, 0.0) + part
-                    step += 1
-                    bar.update()
-                if step == first:  # the time ran out between two epochs
-                    break
-                record = {name: float(total) / (step - first) for name, total in totals.items()}
-                seconds = max(time.monotonic() - epoch_start, 1e-9)
-                speed = (step - first) * batch_size / seconds
-                history.append({"step": step, **record, "learning_rate": rate, "samples_per_second": speed})
-                bar.set_postfix(loss=f"{record['loss']:.4f}")
-                _check_loss(record["loss"], step)
-        average.copy_to_module()
-        module.eval()
-        return history
+        task = _Task(
+            forward=cast(nn.Module, torch.compile(module)) if self.compile else module,
+            loss=loss,
+            rival_loss=rival_loss,
+            validation_loss=validation_loss if validates else None,
+            n_samples=n_samples,
+            n_validation=n_validation if validates else 0,
+            batch_size=batch_size,
+            n_batches=n_batches,
+            total_steps=min(self.max_epochs * n_batches, self.max_steps or math.inf),
+            validate_every=self.validate_every or n_batches,
+            dtype=self._autocast_dtype(next(module.parameters()).device),
+            stage=description,
+        )
+        networks = [network for network in (module, rival) if network is not None]
+        with graceful_stop() as stop, channels_last(networks if self.channels_last else ()):
+            run = TrainingRun(
+                module,
+                rival,
+                generator,
+                learning_rate=self.learning_rate,
+                weight_decay=self.weight_decay,
+                ema_decay=self.ema_decay,
+            )
+            file = self._checkpoint_file(run, task, identity)
+            if file is not None and self.resume == "auto" and (saved := file.read()) is not None:
+                run.restore(*saved)
+            run.train(not run.finished)
+            if not run.finished:
+                self._train(run, task, file, stop, verbose)
+        return run.history
 
     def check(self) -> None:
         """Refuse parameters outside their ranges."""
@@ -163,11 +277,15 @@ class Trainer(BaseEstimator):
                 raise ValueError(f"{name} must be positive, got {value!r}. Give a number above 0 or None.")
         if self.max_epochs is None:
             raise ValueError("max_epochs must be positive, got None. Bound training by max_steps besides.")
+        for name in ("validate_every", "patience"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Integral) and int(value) > 0):
+                raise ValueError(f"{name} must be a whole number above 0 or None, got {value!r}. Try 10.")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}. Try 0.001.")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be 0 or more, got {self.weight_decay!r}. Use 0 for none.")
-        for name in ("warmup_fraction", "ema_decay"):
+        for name in ("warmup_fraction", "ema_decay", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must lie in 0..1 without 1, got {getattr(self, name)!r}. 0 switches it off."
@@ -176,13 +294,164 @@ class Trainer(BaseEstimator):
             raise ValueError(
                 f"gradient_clip must be positive or None, got {self.gradient_clip!r}. None switches it off."
             )
+        self._check_surroundings()
 
-    def _out_of_time(self, start: float) -> bool:
-        return self.max_time is not None and time.monotonic() - start >= self.max_time
+    def _check_surroundings(self) -> None:
+        """Refuse what is wrong with the parameters that do not decide what is learnt."""
+        if not (self.checkpoint_dir is None or isinstance(self.checkpoint_dir, str | os.PathLike)):
+            raise TypeError(
+                f"checkpoint_dir must be a path or None, got {self.checkpoint_dir!r}. Name a directory."
+            )
+        if not self.checkpoint_every_s >= 0:
+            raise ValueError(
+                f"checkpoint_every_s must be 0 or more, got {self.checkpoint_every_s!r}. 300 is five minutes."
+            )
+        if self.resume not in ("auto", False):
+            raise ValueError(
+                f"resume must be 'auto' or False, got {self.resume!r}. 'auto' goes on where it can."
+            )
+        if not isinstance(self.callbacks, list | tuple) or not all(map(callable, self.callbacks)):
+            raise TypeError(
+                f"callbacks must be a tuple of callables, got {self.callbacks!r}. Give (callback,)."
+            )
+        for name in ("compile", "channels_last"):
+            if getattr(self, name) not in (True, False):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}. Use False.")
 
-    def _progress(self, step: int, total_steps: float, start: float) -> float:
-        elapsed = 0.0 if self.max_time is None else (time.monotonic() - start) / self.max_time
-        return max(step / total_steps, min(elapsed, 1.0))
+    def _checkpoint_file(self, run: TrainingRun, task: _Task, identity: str) -> CheckpointFile | None:
+        if self.checkpoint_dir is None:
+            return None
+        decisive = {name: value for name, value in self.get_params().items() if name not in NOT_DECISIVE}
+        asked = (task.stage, task.n_samples, task.n_validation, task.batch_size, identity)
+        settings = {"trainer": decisive, "task": asked, "trained": run.trained}
+        tensors = run.values() | {"generator": run.generator.get_state()}
+        return CheckpointFile(self.checkpoint_dir, task.stage, fingerprint(settings, tensors))
+
+    def _train(
+        self,
+        run: TrainingRun,
+        task: _Task,
+        file: CheckpointFile | None,
+        stop: StopRequest,
+        verbose: bool,
+    ) -> None:
+        """Go on until all is done or a signal comes; what a step entails is over when the next one begins."""
+        if run.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(run.device)
+        run.start = time.monotonic() - run.elapsed_s
+        first, written_s = run.step, run.elapsed_s
+        total = task.total_steps if self.max_time is None else None  # by time, the number of steps is open
+        with tqdm(total=total, initial=first, desc=task.stage, disable=not verbose, unit="step") as bar:
+            while True:
+                run.elapsed_s = time.monotonic() - run.start
+                done = run.step >= task.total_steps or self._time_spent(run) >= 1
+                if run.totals and (done or task.ends_record_at(run.step)):
+                    self._record(run, task)
+                    bar.set_postfix(loss=f"{run.history[-1]['loss']:.4f}")
+                    done = self._review(run, task, done)
+                if done or (stop.signal is not None and run.step > first):
+                    break
+                due = run.step > first and run.elapsed_s - written_s >= self.checkpoint_every_s
+                if file is not None and due:
+                    file.write(*run.state())
+                    written_s = run.elapsed_s
+                self._step(run, task)
+                bar.update()
+        run.finished = done
+        if done:
+            run.settle()
+        if file is not None:
+            file.write(*run.state())
+        if not done:
+            self._stop(run, task, file, stop)
+
+    def _stop(self, run: TrainingRun, task: _Task, file: CheckpointFile | None, stop: StopRequest) -> None:
+        """Leave a module that can be used, and say how to go on."""
+        if run.totals:
+            self._record(run, task)
+        run.settle()
+        advice = "Set the trainer's checkpoint_dir to be able to go on from there."
+        if file is not None and file.path.exists():
+            advice = f"Make the same call again to go on from {file.path}."
+        by = stop.signal.name if stop.signal is not None else "a signal"
+        warnings.warn(
+            f"{task.stage} was stopped by {by} at step {run.step} of {task.total_steps}. {advice}",
+            TrainingStoppedWarning,
+            stacklevel=4,
+        )
+
+    def _step(self, run: TrainingRun, task: _Task) -> None:
+        """One step of the module, and one of its rival where its loss asks for it."""
+        place = run.step % task.n_batches
+        if place == 0 or run.order is None:
+            run.order = torch.randperm(task.n_samples, generator=run.generator)
+        index = run.order[place * task.batch_size : (place + 1) * task.batch_size]
+        run.set_learning_rate(self._learning_rate(self._progress(run, task)))
+        with task.autocast(run.device):
+            value, parts = task.loss(task.forward, index, run.generator, run.step)
+        run.descend("module", value, self.gradient_clip)
+        run.average.update(run.step)
+        run.add({"loss": value.detach(), **parts})
+        if task.rival_loss is not None:
+            with task.autocast(run.device):
+                answer = task.rival_loss(run.networks["rival"], index, run.generator, run.step)
+            if answer is not None:
+                value, parts = answer
+                run.descend("rival", value, self.gradient_clip)
+                run.add({"rival_loss": value.detach(), **parts})
+        run.step += 1
+
+    def _record(self, run: TrainingRun, task: _Task) -> None:
+        n_seen = run.counts["loss"] * task.batch_size
+        record = run.close_record()  # waits for the device
+        run.elapsed_s = time.monotonic() - run.start
+        record["learning_rate"] = run.learning_rate
+        record["samples_per_second"] = n_seen / max(run.elapsed_s - run.record_start_s, 1e-9)
+        record["peak_memory_mib"] = peak_memory_mib(run.device)
+        run.record_start_s = run.elapsed_s
+        for name in ("loss", "rival_loss"):
+            if not math.isfinite(record.get(name, 0.0)):
+                raise FloatingPointError(
+                    f"{name} must stay finite, got {record[name]} at step {run.step}. "
+                    f"Lower the trainer's learning_rate."
+                )
+
+    def _review(self, run: TrainingRun, task: _Task, done: bool) -> bool:
+        """Validate and ask the callbacks; True ends training."""
+        if task.validation_loss is not None and (done or task.validates_at(run.step)):
+            self._validate(run, task, task.validation_loss)
+        done = done or (self.patience is not None and run.n_unimproved >= self.patience)
+        epoch = math.ceil(run.step / task.n_batches)
+        for callback in self.callbacks:
+            record, module = dict(run.history[-1]), run.networks["module"]
+            answer = callback(TrainingState(task.stage, run.step, epoch, task.total_steps, record, module))
+            if not (answer is None or (isinstance(answer, str) and answer == "stop")):
+                raise ValueError(
+                    f"a callback must return None or 'stop', got {answer!r} from {callback!r}. Return 'stop' "
+                    f"to end the training."
+                )
+            done = done or answer == "stop"
+        run.record_start_s = run.elapsed_s = time.monotonic() - run.start
+        return done
+
+    def _validate(self, run: TrainingRun, task: _Task, loss: Loss) -> None:
+        """Judge the averaged weights by their mean loss, with the same draws each time."""
+        generator = torch.Generator(run.generator.device).manual_seed(VALIDATION_SEED)
+        total: Tensor | float = 0.0
+        run.train(False)
+        with run.average.in_module(), isolated_seed(VALIDATION_SEED):
+            with torch.no_grad(), task.autocast(run.device):
+                for index in torch.arange(task.n_validation).split(task.batch_size):
+                    value, _ = loss(task.forward, index, generator, run.step)
+                    total = total + len(index) * value
+            run.judge(float(total) / task.n_validation)
+        run.train()
+
+    def _time_spent(self, run: TrainingRun) -> float:
+        return 0.0 if self.max_time is None else run.elapsed_s / self.max_time
+
+    def _progress(self, run: TrainingRun, task: _Task) -> float:
+        return max(run.step / task.total_steps, min(self._time_spent(run), 1.0))
 
     def _learning_rate(self, progress: float) -> float:
         """Linear rise, then half a cosine down to 1 % of the peak."""
@@ -197,30 +466,3 @@ class Trainer(BaseEstimator):
         if self.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
             return torch.bfloat16
         return None
-
-
-class _MovingAverage:
-    """Exponential moving average of a module's parameters, faster at the beginning."""
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        self.current = [p for p in module.parameters() if p.requires_grad]
-        self.averaged = [p.detach().clone() for p in self.current] if decay else []
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        if self.averaged:
-            weight = 1 - min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.current], weight)
-
-    @torch.no_grad()
-    def copy_to_module(self) -> None:
-        for parameter, averaged in zip(self.current, self.averaged, strict=False):
-            parameter.copy_(averaged)
-
-
-def _check_loss(value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"loss must stay finite, got {value} at step {step}. Lower the trainer's learning_rate."
-        )

@@ -1,0 +1,14 @@
+"""The trainer that both stages share: it knows no network and no data."""
+
+from madad.training.callbacks import TensorBoard, TrainingState
+from madad.training.stopping import StopRequest, graceful_stop
+from madad.training.trainer import Trainer, TrainingStoppedWarning
+
+__all__ = [
+    "StopRequest",
+    "TensorBoard",
+    "Trainer",
+    "TrainingState",
+    "TrainingStoppedWarning",
+    "graceful_stop",
+]

@@ -1,0 +1,281 @@
+"""Everything that changes while a module is trained: as objects, and as tensors and JSON to take up again."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+BETAS = {"module": (0.9, 0.999), "rival": (0.5, 0.9)}
+FACTS = (
+    *("step", "finished", "elapsed_s", "record_start_s", "learning_rate"),
+    *("history", "best_loss", "n_unimproved"),
+)
+
+
+class TrainingRun:
+    """A module and its rival on their way, with all that decides how they go on.
+
+    Parameters
+    ----------
+    module : nn.Module
+    rival : nn.Module or None
+        Trained alternately with the module.
+    generator : torch.Generator
+    learning_rate, weight_decay, ema_decay : float
+        See `madad.training.Trainer`.
+
+    Attributes
+    ----------
+    networks, optimisers : dict
+        By role: ``"module"`` and, where there is one, ``"rival"``.
+    step : int
+        Steps done.
+    finished : bool
+        Nothing is left to do: the module has its final weights.
+    start, elapsed_s, record_start_s : float
+        When training began by the monotonic clock, as if it had never been interrupted; seconds of training
+        so far; and those before the current record.
+    history : list of dict
+    order : Tensor of shape (n_samples,) or None
+        The samples of the current epoch.
+    best_loss, n_unimproved : float, int
+        The lowest validation loss, and the number of validations since.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rival: nn.Module | None,
+        generator: torch.Generator,
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        ema_decay: float,
+    ):
+        self.networks = {"module": module} if rival is None else {"module": module, "rival": rival}
+        self.generator = generator
+        self.device = next(module.parameters()).device
+        self.optimisers = {
+            role: torch.optim.AdamW(
+                [p for p in network.parameters() if p.requires_grad],
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                betas=BETAS[role],
+            )
+            for role, network in self.networks.items()
+        }
+        self.average = MovingAverage(module, ema_decay)
+        self.step, self.finished = 0, False
+        self.start = self.elapsed_s = self.record_start_s = 0.0
+        self.learning_rate = learning_rate
+        self.history: list[dict] = []
+        self.totals: dict[str, Tensor | float] = {}
+        self.counts: dict[str, int] = {}
+        self.order: Tensor | None = None
+        self.best: dict[str, Tensor] = {}
+        self.best_loss, self.n_unimproved = math.inf, 0
+
+    def train(self, mode: bool = True) -> None:
+        """Put the networks into training or evaluation mode."""
+        for network in self.networks.values():
+            network.train(mode)
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Give all optimisers the rate of the next step."""
+        self.learning_rate = rate
+        for optimiser in self.optimisers.values():
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+
+    def descend(self, role: str, value: Tensor, gradient_clip: float | None) -> None:
+        """One step of one optimiser down the gradient of its loss."""
+        optimiser = self.optimisers[role]
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        if gradient_clip is not None:
+            nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], gradient_clip)
+        optimiser.step()
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Add a step's values to the record; they stay on their device, so that no step waits for it."""
+        for name, part in parts.items():
+            self.totals[name] = self.totals.get(name, 0.0) + part
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def close_record(self) -> dict:
+        """Append the mean of each part, over the steps that had it, to the history."""
+        means = {name: float(total) / self.counts[name] for name, total in self.totals.items()}
+        self.history.append({"step": self.step, **means})
+        self.totals, self.counts = {}, {}
+        return self.history[-1]
+
+    def judge(self, validation_loss: float) -> None:
+        """Note a validation in the last record; the module's present weights are kept if it is the best."""
+        self.history[-1]["validation_loss"] = validation_loss
+        if not validation_loss < self.best_loss:
+            self.n_unimproved += 1
+            return
+        self.best_loss, self.n_unimproved = validation_loss, 0
+        self.best = {name: value.clone() for name, value in _values(self.networks["module"]).items()}
+        for record in self.history:
+            record.pop("best", None)
+        self.history[-1]["best"] = True
+
+    def settle(self) -> None:
+        """Give the module its best validated weights, else the averaged ones."""
+        if self.best:
+            _copy(self.best, _values(self.networks["module"]))
+        else:
+            self.average.copy_to_module()
+        self.train(False)
+
+    def values(self) -> dict[str, Tensor]:
+        """Weights and buffers of the networks."""
+        return {
+            f"{role}/{name}": value
+            for role, network in self.networks.items()
+            for name, value in _values(network).items()
+        }
+
+    @property
+    def trained(self) -> list[str]:
+        """The weights that are not frozen."""
+        return [
+            f"{role}/{name}"
+            for role, network in self.networks.items()
+            for name, parameter in network.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    def state(self) -> tuple[dict[str, Tensor], dict]:
+        """Tensors on the CPU that share no memory, and the rest for JSON; once finished, what is left."""
+        tensors = self.values() | {f"random/{name}": state for name, state in self._random_states().items()}
+        facts = {name: getattr(self, name) for name in FACTS}
+        facts["totals"] = {name: (float(total), self.counts[name]) for name, total in self.totals.items()}
+        if not self.finished:
+            for role, optimiser in self.optimisers.items():
+                for i, parameter in enumerate(optimiser.param_groups[0]["params"]):
+                    moments = optimiser.state[parameter].items()
+                    tensors |= {f"{role}.optimiser/{i}/{name}": moment for name, moment in moments}
+            tensors |= {f"average/{i}": value for i, value in enumerate(self.average.averaged)}
+            tensors |= {f"best/{name}": value for name, value in self.best.items()}
+            if self.order is not None:
+                tensors["order"] = self.order
+        layout = torch.contiguous_format
+        return {
+            name: value.detach().to("cpu", copy=True, memory_format=layout) for name, value in tensors.items()
+        }, facts
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict) -> None:
+        """Take up what `state` gave: from here on all goes as it would have gone."""
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            names = [name for name in tensors if name.startswith(prefix)]
+            return {name.removeprefix(prefix): tensors[name] for name in names}
+
+        for name in FACTS:
+            setattr(self, name, facts[name])
+        for name, (total, count) in facts["totals"].items():
+            self.totals[name], self.counts[name] = total, count
+        for role, network in self.networks.items():
+            _copy(group(f"{role}/"), _values(network))
+        self._set_random_states(group("random/"))
+        if self.finished:
+            return
+        for role, optimiser in self.optimisers.items():
+            for name, value in group(f"{role}.optimiser/").items():
+                i, moment = name.split("/")
+                parameter = optimiser.param_groups[0]["params"][int(i)]
+                same_layout = torch.empty_like(parameter, requires_grad=False)
+                optimiser.state[parameter][moment] = value if moment == "step" else same_layout.copy_(value)
+        _copy(group("average/"), {str(i): value for i, value in enumerate(self.average.averaged)})
+        self.best, self.order = group("best/"), tensors.get("order")
+
+    def _random_states(self) -> dict[str, Tensor]:
+        states = {"generator": self.generator.get_state(), "cpu": torch.get_rng_state()}
+        return states | ({"cuda": torch.cuda.get_rng_state(self.device)} if self._on_cuda else {})
+
+    def _set_random_states(self, states: dict[str, Tensor]) -> None:
+        self.generator.set_state(states["generator"])
+        torch.set_rng_state(states["cpu"])
+        if self._on_cuda and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+class MovingAverage:
+    """Exponential moving average of a module's parameters, faster at the beginning."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.current = [p for p in module.parameters() if p.requires_grad]
+        self.averaged = [p.detach().clone() for p in self.current] if decay else []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the current weights."""
+        if self.averaged:
+            weight = 1 - min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.current], weight)
+
+    @torch.no_grad()
+    def copy_to_module(self) -> None:
+        """Leave the averaged weights in the module."""
+        for parameter, averaged in zip(self.current, self.averaged, strict=False):
+            parameter.copy_(averaged)
+
+    @contextmanager
+    def in_module(self) -> Iterator[None]:
+        """The averaged weights for a while."""
+        current = [p.detach().clone() for p in self.current]
+        self.copy_to_module()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self.current, current, strict=True):
+                    parameter.copy_(value)
+
+
+@contextmanager
+def channels_last(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep the weights of 2-d convolutions in channels-last format for a while."""
+    weights = [p for network in networks for p in network.parameters() if p.dim() == 4]
+    try:
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for weight in weights:
+            weight.data = weight.data.contiguous()
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """On a GPU since training began; on a CPU the process's own, None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes or KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _values(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, without gradients; shared ones once."""
+    named = [*network.named_parameters(), *network.named_buffers()]
+    return {name: value.detach() for name, value in named}
+
+
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    for name, value in target.items():
+        value.copy_(source[name])
