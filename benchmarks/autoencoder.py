@@ -80,8 +80,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--autoencoder-steps", type=int, default=400)
-    parser.add_argument("--denoiser-steps", type=int, default=1000)
+    parser.add_argument("--autoencoder-steps", type=int, default=300)
+    parser.add_argument("--denoiser-steps", type=int, default=700)
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     return parser.parse_args()
 
@@ -119,7 +119,9 @@ def painted(healthy: Bunch) -> Bunch:
         rows.append(row)
         images.append(lesioned)
         masks.append(mask)
-    return take(healthy, np.array(rows)) | {"images": np.array(images), "lesion_masks": np.array(masks)}
+    kept = take(healthy, np.array(rows))
+    kept.update(images=np.array(images), lesion_masks=np.array(masks))
+    return kept
 
 
 def measure(
@@ -135,7 +137,7 @@ def measure(
     if "adversarial_weight" in terms:
         terms = terms | {"adversarial_start": options.autoencoder_steps // 4}
     autoencoder = LatentAutoencoder(
-        trainer=trainer(options.autoencoder_steps, 2e-3, 32), random_state=seed, **terms
+        trainer=trainer(options.autoencoder_steps, 2e-3, 16), random_state=seed, **terms
     )
     autoencoder.fit(train.images, brain_mask=train.brain_masks)
     seconds = time.monotonic() - start

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import mmap
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +52,10 @@ class SliceStack:
         """Some of the samples, still unread."""
         return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
+    def selected(self) -> np.ndarray:
+        """Its samples of ``values``."""
+        return self.values if self.rows is None else self.values[self.rows]
+
     def images(self, index) -> np.ndarray:
         """float32 (len(index), C, H, W) in 0..1, or beyond where the fitted range is exceeded."""
         values, (low, high) = self._take(self.values, index), self.intensity_range
@@ -68,6 +77,18 @@ class SliceStack:
             values = _fold(values, math.prod(self.image_shape))
         return np.asarray(values.reshape(-1, *self.image_shape).any(axis=1, keepdims=True))
 
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the samples, as text: equal for equal samples, whatever holds them."""
+        settings = (self.values.dtype.str, self.values.shape[1:], self.image_shape, self.intensity_range)
+        digest = hashlib.blake2b(repr((len(self), self.brain_mask is None, *settings)).encode())
+        for start in range(0, len(self), ROWS_PER_CHECK):
+            index = np.arange(start, min(start + ROWS_PER_CHECK, len(self)))
+            digest.update(np.ascontiguousarray(self._take(self.values, index)).data)
+            if self.brain_mask is not None:
+                digest.update(np.ascontiguousarray(self._take(self.brain_mask, index), dtype=bool).data)
+        return digest.hexdigest()
+
     def unfold(self, maps: np.ndarray) -> np.ndarray:
         """Maps (n, H, W) in the layout the samples came in: flat rows for flat samples."""
         if not self.is_flat:
@@ -77,7 +98,9 @@ class SliceStack:
 
     def _take(self, array: np.ndarray, index) -> np.ndarray:
         index = np.asarray(index)
-        return np.asarray(array[index if self.rows is None else self.rows[index]])
+        taken = np.asarray(array[index if self.rows is None else self.rows[index]])
+        _let_go(array)
+        return taken
 
 
 def check_slices(
@@ -217,6 +240,21 @@ def _with_channels(shape) -> tuple[int, int, int]:
 def _chunks(values: np.ndarray):
     for start in range(0, len(values), ROWS_PER_CHECK):
         yield np.asarray(values[start : start + ROWS_PER_CHECK])
+        _let_go(values)
+
+
+def _let_go(array: np.ndarray) -> None:
+    """Unmap what was read of a memory map: it counts as the process's memory for as long as it is mapped.
+
+    The system keeps the file in its cache nevertheless. Changes of a copy-on-write map would be lost.
+    """
+    owner: Any = array
+    mode = None
+    while isinstance(owner, np.ndarray):
+        mode, owner = getattr(owner, "mode", mode), owner.base
+    if mode in ("r", "r+", "w+") and isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        with suppress(OSError):  # pages that are locked
+            owner.madvise(mmap.MADV_DONTNEED)
 
 
 def _data_range(values: np.ndarray, name: str) -> tuple[float, float]:

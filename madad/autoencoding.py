@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from madad._callbacks import CallbackSupport, FitTask, with_callbacks
+from madad._hashing import content_hash
 from madad._random import generator_from, hold_out, isolated_seed, spawn_seeds
 from madad._tensors import (
     default_batch_size,
@@ -40,7 +41,7 @@ AUTO_SIZES = (("fast-f2", 80), ("fast-f4", 160), ("fast-f8", math.inf))
 LATENT_STATISTICS = ("latent_shift_", "latent_scale_")
 
 
-class SliceEstimator(BaseEstimator):
+class SliceEstimator(CallbackSupport, BaseEstimator):
     """What both estimators share: slices in any of their layouts, checked against those of ``fit``.
 
     A subclass has the parameters ``image_shape`` and ``intensity_range``.
@@ -162,6 +163,11 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
     al., CVPR 2022), pretrained with perceptual and patch-adversarial terms and fine-tuned on healthy slices:
     ``init=path, perceptual="efficientnet-lite0", adversarial_weight=0.5``. Published pipelines multiply
     latents by one literal scale; here it is estimated.
+
+    With scikit-learn 1.9 or later ``set_callbacks`` takes its callbacks, ``ProgressBar()`` for one. The task
+    ``"fit"`` has a sub-task ``"epoch"`` for each record of ``history_``, which its end has as ``metadata``;
+    a callback that returns True there ends training in good order. ``fitted_estimator`` is given at the end
+    of ``"fit"`` only. Callbacks are no parameters, and are not pickled.
     """
 
     def __init__(
@@ -239,16 +245,19 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         stack = self._check_fit_slices(X, brain_mask)
         return self.fit_stack(stack, groups)
 
+    @with_callbacks
     def fit_stack(self, stack: SliceStack, groups=None):
         """`fit` on slices that are already checked."""
-        trainer = clone(self.trainer) if self.trainer is not None else Trainer()
+        trainer = self.trainer if self.trainer is not None else Trainer()
         trainer.check()
         self.image_shape_, self.intensity_range_ = stack.image_shape, stack.intensity_range
         self.n_features_in_ = int(np.prod(stack.values.shape[1:]))
-        device = resolve_device(self.device)
+        device, batch_size = resolve_device(self.device), default_batch_size(*stack.image_shape[1:])
         weights_seed, training_seed = spawn_seeds(self.random_state, 2)
         train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, training_seed)
         training, validation = stack.subset(train), stack.subset(held_out)
+        n_epochs = trainer.max_records(len(training), batch_size)
+        task = FitTask.of_fit(self, n_epochs, X=stack.selected)
         self.network_, objective = self._start(training, weights_seed)
         self.latent_shift_ = np.zeros(self.config_.latent_channels, np.float32)
         self.latent_scale_ = np.ones(self.config_.latent_channels, np.float32)
@@ -262,23 +271,29 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
             return objective.of_validation(trained, x)
 
         trained = TrainedAutoencoder(self.network_, learn_logvar=self.learn_logvar).to(device)
-        with isolated_seed(training_seed):
-            self.history_ = trainer.optimise(
+        with isolated_seed(training_seed), task.epochs(trainer) as watched:
+            self.history_ = watched.optimise(
                 trained,
                 loss,
                 len(training),
                 generator=generator_from(training_seed),
-                batch_size=default_batch_size(*stack.image_shape[1:]),
+                batch_size=batch_size,
                 rival=objective.discriminator,
                 rival_loss=objective.of_discriminator if objective.discriminator is not None else None,
                 validation_loss=validation_loss if len(validation) else None,
                 n_validation=len(validation),
-                identity=self._identity(stack, groups) if trainer.checkpoint_dir is not None else "",
+                identity=self.identity(stack, groups) if trainer.checkpoint_dir is not None else "",
                 description="autoencoder",
                 verbose=self.verbose,
             )
         self._estimate_latent_scale(stack)
+        task.end_fit()
         return self
+
+    def identity(self, stack: SliceStack, groups) -> str:
+        """A hash of data and settings, for checkpoints and caches."""
+        settings = self.get_params(deep=False) | {"trainer": None, "verbose": None, "device": None}
+        return content_hash((settings, stack.digest, None if groups is None else np.asarray(groups)))
 
     def transform(self, X) -> np.ndarray:
         """Latents of slices: float32 (n, latent_channels, h, w), near zero mean and unit variance."""
@@ -373,7 +388,9 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
         discriminator = None
         if self.adversarial_weight > 0:
             with isolated_seed(seed + 1):
-                discriminator = PatchDiscriminator(channels).to(device)
+                width = min(64, self.config_.base_channels)  # no wider than what it judges
+                discriminator = PatchDiscriminator(channels, width, norm_groups=math.gcd(32, 2 * width))
+                discriminator.to(device)
         return self.network_.to(device), ReconstructionObjective(
             self.pixel_loss,
             self.kl_weight,
@@ -412,11 +429,6 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
             copies, _ = self.augmentation(x, torch.from_numpy(brain.copy()).to(x.device), generator)
             x = torch.where(copied.to(x.device), copies, x)
         return x
-
-    def _identity(self, stack: SliceStack, groups) -> str:
-        """A hash of data and settings, for the trainer's checkpoints."""
-        settings = self.get_params(deep=False) | {"trainer": None, "verbose": None, "device": None}
-        return joblib.hash((settings, stack, None if groups is None else np.asarray(groups)))
 
     def score_report(self, X, *, brain_mask=None) -> dict[str, float]:
         """How good the reconstructions and the latents of slices are.

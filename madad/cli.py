@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from sklearn.model_selection import GroupShuffleSplit
@@ -20,7 +22,7 @@ from madad.anomaly_map import healthy_threshold, pool_map
 from madad.autoencoding import LatentAutoencoder
 from madad.baselines import TAILS, intensity_maps, residual_maps
 from madad.checkpoint import refuse_foreign
-from madad.datasets import load_slices, make_brain_slices
+from madad.datasets import crop_to_brain, load_slices, make_brain_slices
 from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.metrics import auprc, evaluate_maps
 from madad.plotting import require_matplotlib, summary_figure
@@ -66,7 +68,63 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.set_defaults(run=run_demo)
+    info = commands.add_parser(
+        "info",
+        help="what a saved model is, and how well its autoencoder does",
+        description="Shape, sizes, training and thresholds of a saved model. With --data, the quality of its "
+        "autoencoder on the healthy slices of a file.",
+    )
+    info.add_argument("model", type=Path, help="directory that save() wrote")
+    info.add_argument("--data", type=Path, help="an .npz file of slices; those with a lesion are left out")
+    info.add_argument("--image", default="image", help="name of the image array in the .npz file")
+    info.add_argument("--center", default="median", help="scale of a subject: median or mode of the brain")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=run_info)
     return parser
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """``madad info``: print what a saved model is."""
+    detector = MaskedDiffusionAnomalyDetector.load(options.model)
+    autoencoder = detector.autoencoder_
+    channels, height, width = detector.image_shape_
+    facts: dict[str, Any] = {
+        "preset": detector.preset_,
+        "slices": f"{channels} x {height} x {width}",
+        "latents": " x ".join(map(str, autoencoder.latent_shape_)),
+        "map_threshold": detector.map_threshold_,
+        "offset": detector.offset_,
+    }
+    for stage, network, history in (
+        ("autoencoder", autoencoder.network_, autoencoder.history_),
+        ("denoiser", detector.denoiser_, detector.history_),
+    ):
+        last = {name: value for name, value in history[-1].items() if isinstance(value, Real)}
+        facts[stage] = {"parameters": sum(p.numel() for p in network.parameters()), **last}
+    if options.data is not None:
+        slices = _healthy_slices(options, (height, width))
+        facts["quality"] = autoencoder.score_report(slices.images, brain_mask=slices.brain_masks)
+        facts["quality"]["n_slices"] = len(slices.images)
+    print(json.dumps(facts, indent=2) if options.json else _listing(facts))
+    return 0
+
+
+def _healthy_slices(options: argparse.Namespace, shape: tuple[int, int]) -> Bunch:
+    """The slices of a file without a lesion, on the model's grid."""
+    data = load_slices(options.data, image=options.image, size=max(shape), center=options.center)
+    data = crop_to_brain(data, shape) if shape[0] != shape[1] else data
+    return _rows(data, np.flatnonzero(data.lesion_masks.sum(axis=(1, 2)) == 0))
+
+
+def _listing(facts: dict, indent: str = "") -> str:
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", _listing(value, indent + "  ")]
+        else:
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            lines.append(f"{indent}{name}: {shown}")
+    return "\n".join(lines)
 
 
 def run_demo(options: argparse.Namespace) -> int:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
+import weakref
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import joblib
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from madad._callbacks import NO_TASK, FitTask
+from madad._hashing import content_hash
 from madad._random import generator_from, hold_out, isolated_seed
-from madad._tensors import fixed_batches, inference, to_network
+from madad._tensors import fixed_batches, inference, state_to_numpy, to_network
 from madad._validation import SliceStack
 from madad.augmentation import SliceAugmentation
 from madad.diffusion import (
@@ -23,6 +29,7 @@ from madad.diffusion import (
 from madad.nn import UNET_SIZES, MaskedUNet, UNetConfig
 from madad.training import Trainer
 
+LARGE_CACHE = 2 * 2**30  # bytes
 MASK_SHAPES = ("patches", "blobs", "either")
 OBJECTIVE_KNOBS = (
     "n_timesteps",
@@ -37,20 +44,65 @@ OBJECTIVE_KNOBS = (
 )
 
 
+class RowsOnDisk:
+    """float32 rows in a temporary file, of which only those that are asked for come into memory.
+
+    Parameters
+    ----------
+    directory : path-like
+        Made where it is missing. The file has no name in it, so that nothing is left of it when it is not
+        needed any more or the process is killed.
+    shape : tuple of int
+    device : torch.device
+        Where rows are read to.
+
+    Raises
+    ------
+    OSError
+        When rows are written and the disk is full.
+    """
+
+    def __init__(self, directory, shape: tuple[int, ...], device: torch.device):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self.directory, self.shape, self.device = directory, shape, device
+        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)
+        weakref.finalize(self, self._file.close)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __setitem__(self, rows: slice, values: Tensor) -> None:
+        # written, not mapped: a full disk is an error then, and not the process's end
+        left = memoryview(values.cpu().numpy().tobytes())
+        try:
+            self._file.seek(4 * rows.start * math.prod(self.shape[1:]))
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(
+                f"cache_directory must have room for {4 * math.prod(self.shape)} bytes, got {self.directory} "
+                f"({error}). Free the disk, or let the detector's memory be elsewhere."
+            ) from error
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        mapped = np.memmap(self._file, np.float32, "r", shape=self.shape)  # until the rows are copied
+        return torch.from_numpy(np.asarray(mapped[index.cpu().numpy()])).to(self.device)
+
+
 @dataclass(frozen=True)
 class LatentCache:
     """Everything the denoiser is trained on, computed once (DESIGN, decision 4).
 
     Attributes
     ----------
-    mean, logvar : Tensor of shape (n, c, h, w)
+    mean, logvar : Tensor or RowsOnDisk of shape (n, c, h, w)
         The posterior of each slice, scaled; a draw from it costs one multiplication.
-    brain_fraction : Tensor of shape (n, 1, h, w)
+    brain_fraction : Tensor or RowsOnDisk of shape (n, 1, h, w)
     """
 
-    mean: Tensor
-    logvar: Tensor
-    brain_fraction: Tensor
+    mean: Tensor | RowsOnDisk
+    logvar: Tensor | RowsOnDisk
+    brain_fraction: Tensor | RowsOnDisk
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -69,6 +121,7 @@ def cache_latents(
     flip: bool,
     augmentation: SliceAugmentation | None = None,
     generator: torch.Generator,
+    directory=None,
 ) -> LatentCache:
     """Encode slices, with ``flip`` their left-right mirror images too, and augmented copies of both.
 
@@ -80,16 +133,24 @@ def cache_latents(
     augmentation : SliceAugmentation or None
     generator : torch.Generator
         Source of the augmentation's randomness.
+    directory : path-like or None
+        Where a cache of more than `LARGE_CACHE` bytes is kept; None = in memory, on the autoencoder's device.
 
     Returns
     -------
     LatentCache
-        Batch by batch, a batch's versions one after the other; in memory, on the autoencoder's device: twice
-        (mean and log-variance) ``latent_channels / factor^2`` of the float32 images, times the versions.
+        Batch by batch, a batch's versions one after the other. It takes twice (mean and log-variance)
+        ``latent_channels / factor^2`` of the float32 images, times the versions.
     """
-    device, parts = autoencoder._to_device(), []
+    device, start = autoencoder._to_device(), 0
     n_copies = 0 if augmentation is None else augmentation.n_copies
     versions = [(mirrored, copy) for mirrored in range(1 + flip) for copy in range(1 + n_copies)]
+    channels, height, width = autoencoder.latent_shape_
+    shapes = [(len(versions) * len(stack), depth, height, width) for depth in (channels, channels, 1)]
+    if directory is not None and 4 * sum(map(math.prod, shapes)) > LARGE_CACHE:
+        cache = LatentCache(*(RowsOnDisk(directory, shape, device) for shape in shapes))
+    else:
+        cache = LatentCache(*(torch.empty(shape, device=device) for shape in shapes))
     with inference(autoencoder.network_):
         for index, n_valid in fixed_batches(len(stack), autoencoder.batch_size_of()):
             images, brain = stack.images(index), stack.brain(index)
@@ -100,9 +161,17 @@ def cache_latents(
                     x, moved = augmentation(x, torch.from_numpy(inside.copy()).to(device), generator)
                     inside = moved.cpu().numpy()
                 mean, logvar = autoencoder.encode(autoencoder.pad(x))
-                fraction = autoencoder.brain_fraction(inside, device)
-                parts.append([part[:n_valid].float().clone() for part in (mean, logvar, fraction)])
-    return LatentCache(*(torch.cat(column) for column in zip(*parts, strict=True)))
+                rows = slice(start, start := start + n_valid)
+                cache.mean[rows], cache.logvar[rows] = mean[:n_valid].float(), logvar[:n_valid].float()
+                cache.brain_fraction[rows] = autoencoder.brain_fraction(inside, device)[:n_valid]
+    return cache
+
+
+def what_is_learnt(autoencoder, stack: SliceStack, **settings) -> str:
+    """A hash of the encoder, the slices and what `train_denoiser` is told besides, for files and caches."""
+    statistics = (autoencoder.latent_shift_, autoencoder.latent_scale_)
+    network = (autoencoder.config_, state_to_numpy(autoencoder.network_))
+    return content_hash((network, statistics, autoencoder.batch_size_of(), stack.digest, settings))
 
 
 def train_denoiser(
@@ -116,6 +185,8 @@ def train_denoiser(
     flip: bool = True,
     augmentation: SliceAugmentation | None = None,
     groups=None,
+    cache_directory=None,
+    task: FitTask = NO_TASK,
     verbose: bool = False,
 ) -> tuple[nn.Module, list[dict]]:
     """Train a masked U-Net on the latents of healthy slices.
@@ -138,6 +209,10 @@ def train_denoiser(
         Train on augmented copies too.
     groups : array-like of shape (n,), optional
         Subjects: all slices of one are held out for the trainer's validation, or none.
+    cache_directory : path-like or None
+        Where large latents are while training lasts: ``directory`` of `cache_latents`.
+    task : FitTask
+        The fit that this is a stage of.
     verbose : bool
 
     Returns
@@ -150,33 +225,47 @@ def train_denoiser(
     loss = make_objective(**objective)
     generator = generator_from(seed)
     train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, seed)
-    cache = cache_latents(
-        autoencoder, stack.subset(train), flip=flip, augmentation=augmentation, generator=generator
-    )
+    caching = {"generator": generator, "directory": cache_directory}
+    cache = cache_latents(autoencoder, stack.subset(train), flip=flip, augmentation=augmentation, **caching)
     validation = None
     if len(held_out):
-        validation = cache_latents(autoencoder, stack.subset(held_out), flip=False, generator=generator)
-    with isolated_seed(seed):
+        validation = cache_latents(autoencoder, stack.subset(held_out), flip=False, **caching)
+    identity = ""
+    if trainer.checkpoint_dir is not None:
+        identity = what_is_learnt(
+            autoencoder,
+            stack,
+            objective=objective,
+            seed=seed,
+            flip=flip,
+            augmentation=augmentation,
+            groups=None if groups is None else np.asarray(groups),
+        )
+    batch_size = autoencoder.batch_size_of()
+    n_epochs = trainer.max_records(len(cache), batch_size)
+    with (
+        isolated_seed(seed),
+        task.stage("denoiser", n_epochs) as stage,
+        stage.epochs(trainer) as watched,
+    ):
         unet = make_denoiser(denoiser, cache.mean.shape[1]).to(cache.mean.device)
 
         def loss_on(latents):
             def batch_loss(module, index, generator, step):
-                index = index.to(latents.mean.device)
-                return loss(
-                    module, latents.sample(index, generator), latents.brain_fraction[index], generator
-                )
+                z0 = latents.sample(index, generator)
+                return loss(module, z0, latents.brain_fraction[index], generator)
 
             return batch_loss
 
-        history = trainer.optimise(
+        history = watched.optimise(
             unet,
             loss_on(cache),
             len(cache),
             generator=generator,
-            batch_size=autoencoder.batch_size_of(),
+            batch_size=batch_size,
             validation_loss=None if validation is None else loss_on(validation),
             n_validation=0 if validation is None else len(validation),
-            identity=joblib.hash((cache, objective)) if trainer.checkpoint_dir is not None else "",
+            identity=identity,
             description="denoiser",
             verbose=verbose,
         )

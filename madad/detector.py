@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Real
 
 import numpy as np
@@ -14,19 +13,28 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import nn
 
+from madad._callbacks import FitTask, with_callbacks
+from madad._hashing import content_hash
 from madad._random import hold_out, isolated_seed, spawn_seeds
 from madad._tensors import resolve_device, state_from_numpy, state_to_numpy
 from madad._validation import SliceStack
+from madad._version import __version__
 from madad.anomaly_map import healthy_threshold, pool_map
 from madad.augmentation import SliceAugmentation
 from madad.autoencoding import LatentAutoencoder, SliceEstimator
-from madad.denoising import OBJECTIVE_KNOBS, check_denoiser, make_objective, train_denoiser
+from madad.denoising import (
+    OBJECTIVE_KNOBS,
+    check_denoiser,
+    make_objective,
+    train_denoiser,
+    what_is_learnt,
+)
 from madad.diffusion import MaskedDDIM, NoiseSchedule
 from madad.nn import MaskedUNet
-from madad.persistence import load_detector, save_detector
+from madad.persistence import NOT_SAVED_OF_TRAINER, load_detector, save_detector
 from madad.presets import IMAGE_MAP_KNOBS, INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
 from madad.restoration import RestoredBatch, maps_of, restore_batches
-from madad.training import StopRequest, Trainer, graceful_stop
+from madad.training import StopRequest, Trainer, TrainingStoppedWarning, graceful_stop
 
 HOUSEKEEPING = (
     "checkpoint_dir",
@@ -117,6 +125,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         See `LatentAutoencoder`.
     memory : None, str or joblib.Memory
         Caches the two training stages, so that a search over inference parameters trains once per fold.
+        Latents of more than 2 GiB (`madad.denoising.LARGE_CACHE`) are in a file there while they are used.
     batch_size : int or None
         Slices per forward pass; None = by the slice's size. Powers of two keep a slice's result bitwise
         independent of its place in the batch.
@@ -147,6 +156,11 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
     The map and the scores of a slice are bitwise independent of its batch on a CPU. A slice's score is
     minus the mean of the largest 1 % of its map inside the brain (`madad.anomaly_map.pool_map`): the mean
     of the whole map would drown small lesions. Repair is restricted to latent positions with some brain.
+
+    With scikit-learn 1.9 or later ``set_callbacks`` works as in `LatentAutoencoder`; the tasks are ``"fit"``,
+    in it ``"autoencoder"`` and ``"denoiser"``, and in these the epochs. The first is the fit of another
+    estimator: only callbacks that scikit-learn propagates, such as ``ProgressBar``, see its epochs. A stage
+    that comes from ``memory`` is no task, and one that a callback stopped is not kept there.
 
     References
     ----------
@@ -238,6 +252,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
+    @with_callbacks
     def fit(self, X, y=None, *, brain_mask=None, groups=None):
         """Train both stages on healthy slices and calibrate the thresholds on held-out ones.
 
@@ -263,32 +278,20 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         train, held_out = hold_out(len(stack), groups, self.calibration_fraction, split_seed)
         self.calibration_rows_ = held_out
         subjects = None if groups is None else np.asarray(groups)[train]
+        shares = isinstance(self.autoencoder, FrozenEstimator)
+        task = FitTask.of_fit(self, 1 if shares else 2, X=X, y=y)
+
+        inputs = {"stack": stack.subset(train), "groups": subjects, "task": task, "verbose": self.verbose}
 
         with graceful_stop() as stop:
-            if isinstance(self.autoencoder, FrozenEstimator):
+            if shares:
                 self.autoencoder_ = self._check_shared(self.autoencoder.estimator, stack)
             else:
-                unfitted = self._make_autoencoder(autoencoder_seed)
-                self.autoencoder_ = self._cached(
-                    stop, _fit_autoencoder, unfitted, stack.subset(train), subjects, verbose=self.verbose
-                )
-            self.denoiser_, self.history_ = self._cached(
-                stop,
-                train_denoiser,
-                self.autoencoder_,
-                stack.subset(train),
-                denoiser=copy.deepcopy(self._value_of("denoiser")),
-                objective={name: self._value_of(name) for name in OBJECTIVE_KNOBS},
-                trainer=self._make_trainer(),
-                seed=denoiser_seed,
-                augmentation=self.augmentation,
-                # one column is its own mirror image
-                flip=getattr(self.autoencoder_, "flip", False) and self.image_shape_[-1] > 1,
-                groups=subjects,
-                verbose=self.verbose,
-            )
+                self.autoencoder_ = self._train_autoencoder(inputs, autoencoder_seed)
+            self.denoiser_, self.history_ = self._train_denoiser(inputs, denoiser_seed, stop)
         self.n_timesteps_ = self._value_of("n_timesteps")
         self._calibrate(stack, held_out)
+        task.end_fit()
         return self
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -395,6 +398,9 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         value = getattr(self, name)
         return PRESETS[self.preset_][name] if value is None else value
 
+    def _objective_knobs(self) -> dict:
+        return {name: self._value_of(name) for name in OBJECTIVE_KNOBS}
+
     def _inference_knobs(self) -> dict:
         knobs = {name: self._value_of(name) for name in INFERENCE_KNOBS}
         check_inference_knobs(knobs)
@@ -417,19 +423,59 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
                     f"{name} must lie between 0 and 1, got {getattr(self, name)!r}. "
                     f"The default is a good start."
                 )
-        make_objective(**{name: self._value_of(name) for name in OBJECTIVE_KNOBS})
+        objective, trainer = self._objective_knobs(), self._make_trainer()
+        make_objective(**objective)
         check_denoiser(self._value_of("denoiser"))
-        self._make_trainer().check()
+        trainer.check()
+        if self.memory is not None or trainer.checkpoint_dir is not None:  # what has no hash fails here
+            content_hash((objective, self.augmentation, self.memory is not None and _decisive(trainer)))
         knobs = self._inference_knobs()
         NoiseSchedule.cosine(self._value_of("n_timesteps")).timesteps(knobs["n_steps"], knobs["step_spacing"])
 
-    def _cached(self, stop: StopRequest, stage, *args, **options):
-        """One training stage through ``memory``, which does not keep what a signal cut short."""
-        shelved = check_memory(self.memory).cache(stage, ignore=["verbose"]).call_and_shelve(*args, **options)
-        result = shelved.get()
+    def _train_autoencoder(self, inputs: dict, seed: int) -> LatentAutoencoder:
+        autoencoder = self._make_autoencoder(seed)
+
+        def decisive():
+            identity = autoencoder.identity(inputs["stack"], inputs["groups"])
+            return identity, str(self.device), _decisive(autoencoder.trainer)
+
+        return self._cached(_fit_autoencoder, decisive, inputs | {"autoencoder": autoencoder})
+
+    def _train_denoiser(self, inputs: dict, seed: int, stop: StopRequest) -> tuple[nn.Module, list[dict]]:
+        autoencoder, trainer = self.autoencoder_, self._make_trainer()
         if stop.signal is not None:
-            shelved.clear()
-        return result
+            warnings.warn(
+                f"denoiser gets a single step, because {stop.signal.name} came before it. Make the same call "
+                f"again to train it.",
+                TrainingStoppedWarning,
+                stacklevel=4,
+            )
+            # no checkpoint: the next fit ends with another autoencoder
+            trainer = copy.copy(trainer).set_params(checkpoint_dir=None, max_steps=1)
+        settings = {
+            "denoiser": copy.deepcopy(self._value_of("denoiser")),
+            "objective": self._objective_knobs(),
+            "trainer": trainer,
+            "seed": seed,
+            "augmentation": self.augmentation,
+            # one column is its own mirror image
+            "flip": getattr(autoencoder, "flip", False) and self.image_shape_[-1] > 1,
+        }
+
+        def decisive():
+            known = settings | {"groups": inputs["groups"], "trainer": _decisive(trainer)}
+            return what_is_learnt(autoencoder, inputs["stack"], **known), str(self.device)
+
+        apart = {"autoencoder": autoencoder, "cache_directory": _directory(self.memory)}
+        return self._cached(_fit_denoiser, decisive, inputs | settings | apart)
+
+    def _cached(self, stage: Callable, decisive: Callable[[], tuple], inputs: dict):
+        """One training stage through ``memory``, which knows it by what decides its result."""
+        key = "" if self.memory is None else content_hash((__version__, *decisive()))
+        try:
+            return check_memory(self.memory).cache(stage, ignore=["inputs"])(key, inputs)
+        except _CutShort as stopped:
+            return stopped.result
 
     def _make_autoencoder(self, seed: int) -> LatentAutoencoder:
         autoencoder = self._value_of("autoencoder")
@@ -437,14 +483,18 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
             trainer = Trainer(**PRESETS[self.preset_]["autoencoder_training"])
             if self.trainer is not None:
                 trainer.set_params(**{name: getattr(self.trainer, name) for name in HOUSEKEEPING})
-            autoencoder = LatentAutoencoder(autoencoder, trainer=trainer)
-        if not isinstance(autoencoder, LatentAutoencoder):
+            unfitted = LatentAutoencoder(autoencoder, trainer=trainer)
+        elif isinstance(autoencoder, LatentAutoencoder):
+            unfitted = clone(autoencoder)
+            if autoencoder.trainer is not None:  # the callbacks themselves are to be called, not their copies
+                unfitted.trainer.set_params(callbacks=autoencoder.trainer.callbacks)
+        else:
             raise TypeError(
                 f"autoencoder must be a LatentAutoencoder, FrozenEstimator(fitted), the name of a size or "
                 f"None, got {autoencoder!r}. Use LatentAutoencoder()."
             )
         shared = {"device": self.device, "image_shape": None, "intensity_range": (0.0, 1.0), "verbose": False}
-        return clone(autoencoder).set_params(**shared, random_state=seed)
+        return unfitted.set_params(**shared, random_state=seed)
 
     def _check_shared(self, autoencoder, stack: SliceStack) -> LatentAutoencoder:
         """A fitted autoencoder that others use too must have seen slices of the same shape."""
@@ -469,7 +519,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
 
     def _make_trainer(self) -> Trainer:
         if self.trainer is not None:
-            return clone(self.trainer)
+            return self.trainer
         return Trainer(**PRESETS[self.preset_]["denoiser_training"])
 
     def _calibrate(self, stack: SliceStack, healthy: np.ndarray) -> None:
@@ -553,12 +603,46 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
                 self.denoiser_ = state_from_numpy(MaskedUNet(config), arrays).eval()
 
 
-def _fit_autoencoder(
-    autoencoder: LatentAutoencoder, stack: SliceStack, groups, *, verbose: bool
-) -> LatentAutoencoder:
-    """The first stage as a function of its inputs, so that it can be cached."""
-    fitted = autoencoder.set_params(verbose=verbose).fit_stack(stack, groups)
-    # A copy shares no object with the stack: joblib hashes both together, and shared objects count. Without
-    # it the next stage would not recognise what comes from the cache as what was trained here.
-    with isolated_seed(0):  # building a network draws weights
-        return pickle.loads(pickle.dumps(fitted))
+class _CutShort(Exception):
+    """Takes the result of a stage that was stopped past ``memory``, which would keep what is returned."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+
+def _fit_autoencoder(key: str, inputs: dict) -> LatentAutoencoder:
+    """The first stage as a function that can be cached by its key."""
+    autoencoder, task = inputs["autoencoder"], inputs["task"]
+    with task.stage("autoencoder", fits=autoencoder):
+        autoencoder.set_params(verbose=inputs["verbose"]).fit_stack(inputs["stack"], inputs["groups"])
+    if autoencoder.trainer is not None:
+        autoencoder.trainer.set_params(**NOT_SAVED_OF_TRAINER)
+    return _unless_stopped(autoencoder, task)
+
+
+def _fit_denoiser(key: str, inputs: dict) -> tuple[nn.Module, list[dict]]:
+    """The second stage as a function that can be cached by its key."""
+    return _unless_stopped(train_denoiser(**inputs), inputs["task"])
+
+
+def _unless_stopped(result, task: FitTask):
+    """The result, raised where a signal or a callback ended its training."""
+    with graceful_stop() as stop:  # the one around all of fit
+        if stop.signal is not None or task.was_stopped:
+            raise _CutShort(result)
+    return result
+
+
+def _decisive(trainer: Trainer | None) -> dict | None:
+    """A trainer's parameters without those that decide only where and when it writes."""
+    if trainer is None:
+        return None
+    apart = ("checkpoint_dir", "checkpoint_every_s", "resume")
+    return {name: value for name, value in trainer.get_params().items() if name not in apart}
+
+
+def _directory(memory) -> str | None:
+    """Where ``memory`` keeps its files, if it does so on a disk."""
+    memory = check_memory(memory)
+    return memory.location if getattr(memory, "backend", None) == "local" else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from textwrap import shorten
 from typing import Any, TypeVar
 
 import numpy as np
-from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 
 from madad._random import isolated_seed
@@ -53,11 +53,11 @@ def save_detector(detector: Any, path) -> None:
     autoencoder = detector.autoencoder_
     config = {
         "class": type(detector).__name__,
-        "parameters": _parameters_to_json(detector),
+        "parameters": to_json(_portable_parameters(detector)),
         "fitted": {name: to_json(getattr(detector, name)) for name in FITTED},
         "denoiser": to_json(detector.denoiser_.config),
         "autoencoder": {
-            "parameters": _parameters_to_json(autoencoder),
+            "parameters": to_json(_portable_parameters(autoencoder)),
             "fitted": {name: to_json(getattr(autoencoder, name)) for name in FITTED_AUTOENCODER},
             "network": to_json(autoencoder.config_),
         },
@@ -111,25 +111,23 @@ def _set_from_json(estimator: Any, names: tuple[str, ...], values: dict) -> None
         setattr(estimator, name, from_json(values[name], SAVED_CLASSES))
 
 
-def _parameters_to_json(estimator) -> dict:
+def _portable_parameters(estimator: Any) -> dict:
     """Constructor parameters for ``config.json``, without what belongs to one machine or one run."""
     parameters = estimator.get_params(deep=False)
-    if isinstance(parameters.get("autoencoder"), FrozenEstimator):
+    parameters |= {name: value for name, value in NOT_SAVED.items() if name in parameters}
+    autoencoder, trainer = parameters.get("autoencoder"), parameters["trainer"]
+    if isinstance(autoencoder, FrozenEstimator):
         parameters["autoencoder"] = FrozenEstimator(None)  # the fitted one is saved beside it
+    if isinstance(autoencoder, LatentAutoencoder):
+        parameters["autoencoder"] = LatentAutoencoder(**_portable_parameters(autoencoder))
     if isinstance(parameters.get("denoiser"), MaskedUNet):
         parameters["denoiser"] = parameters["denoiser"].config
-    if isinstance(parameters.get("autoencoder"), LatentAutoencoder):
-        own = clone(parameters["autoencoder"]).set_params(device="auto")
-        own.set_params(init=None if own.init is None else str(own.init))
-        if not isinstance(own.perceptual, str | None):
-            own.set_params(perceptual=None)  # of training only
-        if own.trainer is not None:
-            own.trainer.set_params(**NOT_SAVED_OF_TRAINER)
-        if isinstance(own.random_state, np.random.RandomState):
-            own.set_params(random_state=None)
-        parameters["autoencoder"] = own
+    if isinstance(parameters.get("init"), os.PathLike):
+        parameters["init"] = os.fspath(parameters["init"])
+    if not isinstance(parameters.get("perceptual"), str | None):
+        parameters["perceptual"] = None  # of training only
     if isinstance(parameters["random_state"], np.random.RandomState):
         parameters["random_state"] = None
-    if isinstance(parameters["trainer"], Trainer):
-        parameters["trainer"] = clone(parameters["trainer"]).set_params(**NOT_SAVED_OF_TRAINER)
-    return to_json(parameters | {name: value for name, value in NOT_SAVED.items() if name in parameters})
+    if isinstance(trainer, Trainer):
+        parameters["trainer"] = type(trainer)(**(trainer.get_params(deep=False) | NOT_SAVED_OF_TRAINER))
+    return parameters

@@ -102,7 +102,7 @@ class ReconstructionObjective:
         if min(x.shape[2:]) < smallest:
             raise ValueError(
                 f"x must have height and width of at least {smallest} for the discriminator, got "
-                f"{tuple(x.shape)}. Pad the images or use a discriminator of fewer layers."
+                f"{tuple(x.shape)}. Pad the images, or do without: adversarial_weight=0."
             )
         x_hat, posterior = trained(x, generator)
         x_hat, values_per_image = x_hat.float(), posterior.mean[0].numel()
@@ -110,7 +110,7 @@ class ReconstructionObjective:
         if trained.reconstruction_logvar is not None:
             s = trained.reconstruction_logvar
             reconstruction = reconstruction / s.exp() + s
-            terms["logvar"] = s
+            terms["logvar"] = s.clone()  # the optimiser changes s in place before it is recorded
         terms["kl"] = posterior.kl().mean() / values_per_image
         total = reconstruction + self.kl_weight * terms["kl"]
         if self.discriminator is not None and step >= self.adversarial_start:

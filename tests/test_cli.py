@@ -236,3 +236,35 @@ def test_python_m_madad():
     assert "usage: madad" in shown.stdout and "demo" in shown.stdout
     failed = subprocess.run([*command, "demo", "--data", "none.npz", "--out", os.devnull], **options)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
+
+
+def test_info_tells_what_a_model_is(demo):
+    model = demo[0] / "model"
+    detector = MaskedDiffusionAnomalyDetector.load(model)
+    status, printed, errors = run("info", model, "--json")
+    assert (status, errors) == (0, "")
+    facts = json.loads(printed)
+    assert facts["slices"] == "1 x 32 x 32" and facts["preset"] == "small"
+    assert facts["map_threshold"] == detector.map_threshold_ and facts["offset"] == detector.offset_
+    assert facts["denoiser"]["parameters"] == sum(p.numel() for p in detector.denoiser_.parameters())
+    assert facts["denoiser"]["step"] == detector.history_[-1]["step"]
+    assert facts["autoencoder"]["l1"] == detector.autoencoder_.history_[-1]["l1"]
+    listed = run("info", model)[1].splitlines()
+    assert "slices: 1 x 32 x 32" in listed and "autoencoder:" in listed
+
+
+def test_info_reports_the_quality_on_the_healthy_slices_of_a_file(demo, tmp_path):
+    data = write_slices(tmp_path / "slices.npz")
+    facts = json.loads(run("info", demo[0] / "model", "--data", data, "--json")[1])
+    quality = facts["quality"]
+    assert quality["n_slices"] == 24  # every other slice has a lesion
+    slices = cli.load_slices(data, size=32)
+    healthy = ~slices.lesion_masks.any(axis=(1, 2))
+    autoencoder = MaskedDiffusionAnomalyDetector.load(demo[0] / "model").autoencoder_
+    report = autoencoder.score_report(slices.images[healthy], brain_mask=slices.brain_masks[healthy])
+    assert quality == pytest.approx(report | {"n_slices": 24}, rel=1e-6)
+
+
+def test_info_on_what_is_no_model(tmp_path):
+    status, _, errors = run("info", tmp_path / "nothing")
+    assert status == 2 and errors.startswith("madad: error: ")

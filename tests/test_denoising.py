@@ -1,3 +1,6 @@
+import gc
+import os
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -5,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+import madad.denoising
 from madad import SliceAugmentation
 from madad._validation import check_slices
 from madad.datasets import make_brain_slices
 from madad.denoising import (
     MASK_SHAPES,
     LatentCache,
+    RowsOnDisk,
     cache_latents,
     make_denoiser,
     make_objective,
@@ -130,13 +135,98 @@ def test_samples_have_the_mean_and_variance_of_the_posterior():
     assert not torch.equal(cache.sample(index, seeded(1)), cache.sample(index, seeded(2)))
 
 
+# The cache in a file
+
+
+@pytest.fixture
+def all_large(monkeypatch):
+    monkeypatch.setattr(madad.denoising, "LARGE_CACHE", 0)
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+
+
+@pytest.mark.parametrize("augmentation", [None, SliceAugmentation(n_copies=1)])
+def test_a_cache_in_a_file_has_the_rows_of_the_one_in_memory(in_threes, tmp_path, all_large, augmentation):
+    options = {"flip": True, "augmentation": augmentation}
+    here = cache_latents(in_threes, STACK, generator=seeded(), **options)
+    there = cache_latents(in_threes, STACK, generator=seeded(), directory=tmp_path / "new", **options)
+    assert isinstance(here.mean, torch.Tensor) and isinstance(there.mean, RowsOnDisk)
+    assert len(there) == len(here) == 20 * (1 if augmentation is None else 2)
+    for index in (torch.arange(len(here)), torch.tensor([7, 0, 7, 19]), torch.tensor([], dtype=torch.int64)):
+        for name in ("mean", "logvar", "brain_fraction"):
+            assert torch.equal(getattr(there, name)[index], getattr(here, name)[index])
+        assert torch.equal(there.sample(index, seeded()), here.sample(index, seeded()))
+    assert there.mean.shape == here.mean.shape
+
+
+def test_only_a_large_cache_with_a_place_goes_to_a_file(autoencoder, tmp_path, monkeypatch):
+    options = {"flip": False, "generator": seeded()}
+    size = 4 * 10 * (2 + 2 + 1) * 8 * 8  # bytes: ten slices, two channels each and the brain's share
+    monkeypatch.setattr(madad.denoising, "LARGE_CACHE", size - 1)
+    assert isinstance(cache_latents(autoencoder, STACK, directory=tmp_path, **options).mean, RowsOnDisk)
+    assert isinstance(cache_latents(autoencoder, STACK, **options).mean, torch.Tensor)
+    monkeypatch.setattr(madad.denoising, "LARGE_CACHE", size)
+    assert isinstance(cache_latents(autoencoder, STACK, directory=tmp_path, **options).mean, torch.Tensor)
+
+
+def test_training_from_a_file_is_bitwise_that_from_memory(autoencoder, tmp_path, all_large):
+    options = {"validation_fraction": 0.2, "max_epochs": 2}
+    here, history = train(autoencoder, **options)
+    before = open_files()
+    there, same_history = train(autoencoder, cache_directory=tmp_path / "cache", **options)
+    assert list((tmp_path / "cache").iterdir()) == [] and open_files() == before
+    assert all(torch.equal(p, q) for p, q in zip(here.parameters(), there.parameters(), strict=True))
+    for name in ("loss", "validation_loss"):
+        assert [record[name] for record in history] == [record[name] for record in same_history]
+
+
+def test_no_file_stays_after_an_error(autoencoder, tmp_path, all_large):
+    def fail(state):
+        assert list(tmp_path.iterdir()) == []  # not even while it is read: it has no name
+        raise RuntimeError("stop")
+
+    before = open_files()
+    with pytest.raises(RuntimeError, match="stop"):
+        train(autoencoder, cache_directory=tmp_path, callbacks=[fail])
+    gc.collect()
+    assert list(tmp_path.iterdir()) == [] and open_files() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_an_error(autoencoder, tmp_path, all_large, monkeypatch):
+    full = open("/dev/full", "w+b", buffering=0)
+    monkeypatch.setattr(madad.denoising.tempfile, "TemporaryFile", lambda **options: full)
+    with pytest.raises(
+        OSError, match=r"cache_directory must have room for 5120 bytes, got .*No space"
+    ) as error:
+        cache_latents(autoencoder, STACK, flip=False, generator=seeded(), directory=tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
 # Training
 
 
-def train(autoencoder, *, denoiser="tiny", seed=0, objective=OBJECTIVE, **training):
+def train(
+    autoencoder,
+    *,
+    denoiser="tiny",
+    seed=0,
+    objective=OBJECTIVE,
+    stack=STACK,
+    cache_directory=None,
+    **training,
+):
     trainer = Trainer(**({"max_epochs": 3, "batch_size": 8, "learning_rate": 3e-3} | training))
     return train_denoiser(
-        autoencoder, STACK, denoiser=denoiser, objective=objective, trainer=trainer, seed=seed
+        autoencoder,
+        stack,
+        denoiser=denoiser,
+        objective=objective,
+        trainer=trainer,
+        seed=seed,
+        cache_directory=cache_directory,
     )
 
 
@@ -199,6 +289,35 @@ def test_training_sees_every_slice_and_its_mirror_image(autoencoder, flip, n_bat
     # without masks a batch is draws from the posteriors, and these are narrow
     nearest = torch.cdist(seen, cache.mean.flatten(1)).argmin(dim=1)
     assert sorted(nearest.tolist()) == list(range(len(cache)))
+
+
+def test_another_process_finds_the_checkpoint(autoencoder, tmp_path):
+    """Tensors and networks are told apart by content, not by where they are."""
+    train(autoencoder, checkpoint_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    copied = pickle.loads(pickle.dumps(autoencoder))
+    copied.history_ = []  # timings do not count
+    train(copied, checkpoint_dir=tmp_path, stack=check_slices(IMAGES.copy()), callbacks=[pytest.fail])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("change", ["weights", "scale", "slices", "objective", "seed"])
+def test_whatever_is_learnt_from_names_the_checkpoint(autoencoder, tmp_path, change):
+    train(autoencoder, checkpoint_dir=tmp_path, max_steps=1)
+    other, options = pickle.loads(pickle.dumps(autoencoder)), {}
+    if change == "weights":
+        with torch.no_grad():
+            next(other.network_.decoder.parameters()).add_(1e-6)
+    elif change == "scale":
+        other.latent_scale_ = np.nextafter(other.latent_scale_, np.float32(9))
+    else:
+        options = {
+            "slices": {"stack": check_slices(IMAGES[::-1])},
+            "objective": {"objective": OBJECTIVE | {"mask_loss_weight": 0.2}},
+            "seed": {"seed": 1},
+        }[change]
+    train(other, checkpoint_dir=tmp_path, max_steps=1, **options)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 # What the parameters describe

@@ -3,9 +3,11 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
-from collections import Counter
+import threading
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +23,16 @@ from sklearn.utils.estimator_checks import estimator_checks_generator, parametri
 from torch import nn
 
 import madad
+import madad.denoising
+import madad.training.checkpoint
 from madad import MaskedDiffusionAnomalyDetector, Trainer
+from madad._random import isolated_seed
+from madad._tensors import state_to_numpy
 from madad.diffusion import ForeignLatents, GaussianNoise, Mixture
 from madad.metrics import max_dice_per_image, max_dice_scorer
 from madad.nn import UNET_SIZES
 from madad.testing import tiny_autoencoder, tiny_detector
+from madad.training import TrainingStoppedWarning
 
 MAPS = ("image", "latent", "mask")
 
@@ -969,3 +976,366 @@ def test_a_failed_refit_leaves_no_mixture_of_two_models(healthy, copied):
         copied.set_params(mask_loss="l1").fit(healthy)
     with pytest.raises(NotFittedError):
         copied.predict_maps(healthy)
+
+
+# Long trainings
+
+MANY = make_slices(120)  # three batches per epoch for the autoencoder, seven for the denoiser
+UNCUT = {"autoencoder": list(range(6)), "denoiser": list(range(14))}
+
+
+def long_detector(checkpoint_dir=None, callbacks=(), every_s=0, **overrides):
+    saving = {"checkpoint_dir": checkpoint_dir, "checkpoint_every_s": every_s, "callbacks": callbacks}
+    return strict_detector(trainer=Trainer(2, batch_size=28, **saving), **overrides)
+
+
+def learnt(detector):
+    """All that a fit decides, as one array."""
+    autoencoder = detector.autoencoder_
+    values = [autoencoder.latent_shift_, autoencoder.latent_scale_, detector.predict_maps(MANY[:9])]
+    values += [np.array([detector.offset_, detector.map_threshold_])]
+    for network in (autoencoder.network_, detector.denoiser_):
+        values += state_to_numpy(network).values()
+    return np.concatenate([np.ravel(value).astype(np.float64) for value in values])
+
+
+@pytest.fixture(scope="module")
+def uncut():
+    return learnt(long_detector().fit(MANY))
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps that were trained, by stage."""
+    done, optimise = defaultdict(list), Trainer.optimise
+
+    def noting(self, module, loss, *args, **kwargs):
+        def noted(module, index, generator, step):
+            done[kwargs["description"]].append(step)
+            return loss(module, index, generator, step)
+
+        return optimise(self, module, noted, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "optimise", noting)
+    return done
+
+
+KILLED = """
+import importlib.util, os, signal, sys
+spec = importlib.util.spec_from_file_location("test_detector", sys.argv[1])
+tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+
+def kill(state):
+    if (state.stage, state.step) == (sys.argv[3], int(sys.argv[4])):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+tests.long_detector(sys.argv[2], [kill]).fit(tests.MANY)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize("stage, step", [("autoencoder", 3), ("denoiser", 7)])
+def test_a_fit_killed_in_either_stage_goes_on_to_bitwise_the_same_result(stage, step, tmp_path, uncut, steps):
+    package = str(Path(madad.__file__).parents[1])
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, __file__, str(tmp_path), stage, str(step)],
+        env=os.environ | {"PYTHONPATH": package, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        timeout=120,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    np.testing.assert_array_equal(learnt(long_detector(tmp_path).fit(MANY)), uncut)
+    left = {stage: UNCUT[stage][step - 1 :]}  # the last checkpoint is of the step before
+    assert steps == (UNCUT | left if stage == "autoencoder" else left)
+    names = sorted(path.name.rpartition("-")[0] for path in tmp_path.iterdir())
+    assert names == ["autoencoder", "denoiser"]
+    steps.clear()
+    np.testing.assert_array_equal(learnt(long_detector(tmp_path).fit(MANY)), uncut)
+    assert not steps  # both stages were read back
+
+
+def test_runs_that_share_a_directory_do_not_meet(tmp_path, uncut, steps):
+    directory, mine = tmp_path / "runs", long_detector(tmp_path / "runs", every_s=1e9)
+    np.testing.assert_array_equal(learnt(mine.fit(MANY)), uncut)
+    steps.clear()
+    expected = learnt(long_detector(corruption="gaussian").fit(MANY))
+    others = [
+        ({}, make_slices(120, seed=1)),
+        ({}, np.flip(MANY, axis=0)),
+        ({"random_state": 1}, MANY),
+        ({"autoencoder": tiny_autoencoder(intensity_range=(0.0, 1.0), trainer=brief())}, MANY),
+        ({"mask_loss_weight": 0.5}, MANY),
+        ({"corruption": "gaussian"}, MANY),
+    ]
+    for changes, X in others:
+        steps.clear()
+        other = clone(mine).set_params(**changes).fit(X)
+        assert steps["denoiser"] == UNCUT["denoiser"]
+    np.testing.assert_array_equal(learnt(other), expected)
+    names = Counter(path.name.rpartition("-")[0] for path in directory.iterdir())
+    assert names == {"autoencoder": 4, "denoiser": 7}  # corruption and weight are the denoiser's alone
+    steps.clear()
+    np.testing.assert_array_equal(learnt(mine.fit(MANY)), uncut)
+    assert not steps
+
+
+STOP_AT = []  # a function's content is its name: it has the same hash when it stops nothing any more
+
+
+def terminate_once(state):
+    if (state.stage, state.step) in STOP_AT:
+        STOP_AT.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("stage, step", [("autoencoder", 3), ("denoiser", 7)])
+def test_a_signal_leaves_a_usable_estimator_and_nothing_half_trained_in_memory(
+    stage, step, checkpoints, tmp_path, uncut, steps
+):
+    STOP_AT[:] = [(stage, step)]
+    directory = tmp_path / "runs" if checkpoints else None
+    detector = long_detector(directory, (terminate_once,), memory=str(tmp_path / "memory"))
+    with pytest.warns(TrainingStoppedWarning) as caught:
+        maps = detector.fit(MANY).predict_maps(MANY)
+    messages = [str(warning.message) for warning in caught]
+    assert messages[0].startswith(f"{stage} was stopped by SIGTERM at step {step} of {len(UNCUT[stage])}. ")
+    if stage == "autoencoder":
+        assert messages[1].startswith("denoiser gets a single step, because SIGTERM came before it. ")
+        assert steps == {"autoencoder": [0, 1, 2], "denoiser": [0]}
+    assert len(messages) == (2 if stage == "autoencoder" else 1)
+    assert np.isfinite(maps).all() and detector.predict(MANY).shape == (120,)
+    names = sorted(path.name.rpartition("-")[0] for path in tmp_path.glob("runs/*"))
+    assert names == (["autoencoder"] if stage == "autoencoder" else sorted(UNCUT)) * checkpoints
+    steps.clear()
+    np.testing.assert_array_equal(learnt(detector.fit(MANY)), uncut)
+    left = {stage: UNCUT[stage][step * checkpoints :]}
+    assert steps == (UNCUT | left if stage == "autoencoder" else left)
+    steps.clear()
+    np.testing.assert_array_equal(learnt(clone(detector).fit(MANY)), uncut)
+    assert not steps
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["full", "no directory"])
+def test_a_disk_that_cannot_be_written_costs_one_warning_per_stage(kind, tmp_path, monkeypatch, uncut):
+    directory = tmp_path / "runs"
+    if kind == "full":
+        monkeypatch.setattr(madad.training.checkpoint, "save_file", full_disk)
+    else:
+        directory.write_text("a file")
+    with pytest.warns(UserWarning, match="checkpoint_dir must have room and be writable") as caught:
+        detector = long_detector(directory).fit(MANY)
+    assert len(caught) == 2
+    np.testing.assert_array_equal(learnt(detector), uncut)
+
+
+def test_no_subject_is_in_training_and_validation_of_either_stage(monkeypatch):
+    subjects = np.repeat(np.arange(20), 6)
+    X = MANY.copy()
+    X[:, 8, 8] = (subjects + 1) / 32  # each slice says whose it is
+    seen, optimise, cache = defaultdict(set), Trainer.optimise, madad.denoising.cache_latents
+
+    def noting_images(self, module, *args, **kwargs):
+        def note(module, inputs):
+            values = (inputs[0][:, 0, 8, 8] + 1) / 2
+            seen["images", "training" if module.training else "validation"] |= set(values.tolist())
+
+        if kwargs["description"] == "autoencoder":
+            module.register_forward_pre_hook(note)
+        return optimise(self, module, *args, **kwargs)
+
+    def noting_latents(autoencoder, stack, **options):
+        part = "validation" if ("latents", "training") in seen else "training"
+        seen["latents", part] = set(stack.images(np.arange(len(stack)))[:, 0, 8, 8].tolist())
+        return cache(autoencoder, stack, **options)
+
+    monkeypatch.setattr(Trainer, "optimise", noting_images)
+    monkeypatch.setattr(madad.denoising, "cache_latents", noting_latents)
+    trainer = Trainer(9, validation_fraction=0.25)
+    autoencoder = tiny_autoencoder(intensity_range=(0.0, 1.0), trainer=trainer, flip=False)
+    detector = strict_detector(autoencoder=autoencoder, trainer=trainer).fit(X, groups=subjects)
+    held_out = set(X[detector.calibration_rows_, 8, 8].tolist())
+    for stage in ("images", "latents"):
+        training, validation = seen[stage, "training"], seen[stage, "validation"]
+        assert (len(training), len(validation), len(held_out)) == (12, 5, 3)
+        assert training | validation | held_out == set(X[:, 8, 8].tolist())
+
+
+class Recorder:
+    """A callback with a memory, and with a lock if it is not to be copied."""
+
+    def __init__(self, lock=None):
+        self.stages, self.lock = [], lock
+
+    def __call__(self, state):
+        self.stages.append(state.stage)
+
+
+def ignore(state):
+    pass
+
+
+def test_the_callbacks_that_were_given_are_called(tmp_path):
+    recorder = Recorder(threading.Lock())
+    detector = long_detector(tmp_path / "runs", [recorder, lambda state: None])
+    detector.fit(MANY).save(tmp_path / "model")
+    assert recorder.stages == ["autoencoder"] * 2 + ["denoiser"] * 2
+    other = Recorder()
+    own = tiny_autoencoder(intensity_range=(0.0, 1.0), trainer=Trainer(1, callbacks=[other]))
+    strict_detector(autoencoder=own).fit(MANY).save(tmp_path / "own")
+    assert other.stages == ["autoencoder"] and own.trainer.callbacks == [other]
+    for model in ("model", "own"):
+        loaded = MaskedDiffusionAnomalyDetector.load(tmp_path / model)
+        trainers = [loaded.trainer, loaded.autoencoder_.trainer, getattr(loaded.autoencoder, "trainer", None)]
+        for trainer in trainers:
+            assert trainer is None or (trainer.callbacks, trainer.checkpoint_dir) == ((), None)
+
+
+def test_a_detector_with_checkpoints_is_saved_cloned_and_pickled(tmp_path, steps):
+    trainer = Trainer(1, checkpoint_dir=tmp_path / "runs", callbacks=(ignore,))
+    own = tiny_autoencoder(intensity_range=(0.0, 1.0), trainer=clone(trainer))
+    detector = strict_detector(autoencoder=own, trainer=trainer).fit(MANY)
+    detector.save(tmp_path / "model")
+    loaded = MaskedDiffusionAnomalyDetector.load(tmp_path / "model")
+    for restored in (loaded, pickle.loads(pickle.dumps(detector))):
+        np.testing.assert_array_equal(learnt(restored), learnt(detector))
+    for trainer in (loaded.trainer, loaded.autoencoder.trainer, loaded.autoencoder_.trainer):
+        assert (trainer.checkpoint_dir, trainer.callbacks) == (None, ())
+    steps.clear()
+    for copied in (
+        clone(detector),
+        pickle.loads(pickle.dumps(strict_detector(**detector.get_params(deep=False)))),
+    ):
+        assert copied.trainer.checkpoint_dir == tmp_path / "runs" and copied.trainer.callbacks == (ignore,)
+        np.testing.assert_array_equal(learnt(copied.fit(MANY)), learnt(detector))
+    assert not steps
+
+
+class Ones:
+    def fill(self, z0, generator):
+        return torch.ones_like(z0)
+
+
+@pytest.mark.parametrize("keeps", ["memory", "checkpoint_dir"])
+def test_what_has_no_hash_is_refused_before_anything_is_trained(keeps, tmp_path, trainings):
+    class Local(Ones):
+        pass
+
+    def squares(x_hat, x):
+        return (x_hat - x).square().mean()
+
+    autoencoder = tiny_autoencoder(perceptual=squares, trainer=Trainer(1), intensity_range=(0.0, 1.0))
+    strict_detector(corruption=Local(), autoencoder=autoencoder, trainer=brief()).fit(MANY)
+    trainings.clear()
+    if keeps == "memory":
+        kept = {"memory": str(tmp_path)}
+        refused = [{"corruption": Local()}, {"trainer": Trainer(callbacks=[lambda state: None])}]
+    else:
+        kept = {"trainer": Trainer(1, checkpoint_dir=tmp_path)}
+        autoencoder.set_params(trainer__checkpoint_dir=tmp_path)
+        refused = [{"corruption": Local()}]
+    for wrong in refused:
+        with pytest.raises(
+            TypeError, match="a parameter must be something that pickle can hold, got what it"
+        ):
+            strict_detector(**(kept | wrong)).fit(MANY)
+    assert not trainings
+    with pytest.raises(TypeError, match="something that pickle can hold.*squares"):
+        strict_detector(**kept, autoencoder=autoencoder).fit(MANY)
+    assert not trainings
+    strict_detector(**kept, corruption=Ones()).fit(MANY)
+
+
+@pytest.mark.parametrize("kind", ["path", "Memory", "nothing"])
+def test_large_latents_are_in_a_file_under_memory(kind, tmp_path, monkeypatch, uncut):
+    places, rows_on_disk = [], madad.denoising.RowsOnDisk
+
+    def noting(directory, *args):
+        places.append(str(directory))
+        return rows_on_disk(directory, *args)
+
+    monkeypatch.setattr(madad.denoising, "RowsOnDisk", noting)
+    monkeypatch.setattr(madad.denoising, "LARGE_CACHE", 0)
+    memory = {"path": str(tmp_path), "Memory": joblib.Memory(tmp_path, verbose=0), "nothing": None}[kind]
+    np.testing.assert_array_equal(learnt(long_detector(memory=memory).fit(MANY)), uncut)
+    assert places == ([] if memory is None else [str(tmp_path)] * 3)
+
+
+def test_memory_does_not_mind_where_checkpoints_are(tmp_path, trainings):
+    for trainer in (
+        Trainer(1),
+        Trainer(1, checkpoint_dir=tmp_path / "runs", checkpoint_every_s=1, resume=False),
+    ):
+        strict_detector(memory=str(tmp_path / "memory"), trainer=trainer).fit(MANY)
+    assert trainings == {"autoencoder": 1, "denoiser": 1}
+    for changes in ({"batch_size": 16}, {"precision": "bfloat16"}, {"callbacks": (ignore,)}):
+        trainings.clear()
+        strict_detector(memory=str(tmp_path / "memory"), trainer=Trainer(1, **changes)).fit(MANY)
+        assert trainings["denoiser"] == 1
+
+
+def test_a_network_of_ones_own_is_found_in_memory(tmp_path, trainings):
+    for seed, n_trained in ((0, 1), (0, 1), (1, 2)):
+        with isolated_seed(seed):
+            denoiser = OwnDenoiser()
+        strict_detector(memory=str(tmp_path), denoiser=denoiser).fit(MANY)
+        assert trainings == {"autoencoder": 1, "denoiser": n_trained}
+
+
+FROM_A_FILE = """
+import resource, sys
+import numpy as np
+import madad.denoising
+from madad import LatentAutoencoder, Trainer
+from madad.nn import AutoencoderConfig
+from madad.testing import tiny_detector
+
+madad.denoising.LARGE_CACHE = 0
+path, side, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+X = np.memmap(path, np.uint8, "r").reshape(-1, side, side)
+trainer = Trainer(1, max_steps=3, checkpoint_dir=directory + "/runs", validation_fraction=0.1)
+shape = {"base_channels": 4, "latent_channels": 2, "channel_multipliers": (1,), "n_res_blocks": 1}
+size = AutoencoderConfig(**shape, patch_size=8, mid_attention=False, norm_groups=2, linear_shortcut=True)
+detector = tiny_detector(
+    autoencoder=LatentAutoencoder(size, trainer=trainer),
+    trainer=trainer,
+    n_steps=1,
+    smoothing_px=0,
+    memory=directory + "/memory",
+    intensity_range=(0.0, 1.0),
+)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+detector.fit(np.array(X[:600]))  # what torch and the batches take
+before = peak()
+detector.fit(X)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the peak of a process")
+def test_slices_in_a_file_never_come_into_memory_as_a_whole(tmp_path):
+    side, mebibytes = 128, 160
+    with open(tmp_path / "slices", "wb") as file:  # a brain here and there
+        file.truncate(mebibytes * 2**20)
+        for i, brain in enumerate((255 * make_slices(256, side, side)).astype(np.uint8)):
+            file.seek(i * mebibytes * 2**12 // side**2 * side**2)
+            file.write(brain.tobytes())
+    package = str(Path(madad.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FROM_A_FILE, tmp_path / "slices", str(side), tmp_path],
+        env=os.environ | {"PYTHONPATH": package},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.4 * mebibytes, done.stdout

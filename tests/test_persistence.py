@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.frozen import FrozenEstimator
+from torch import nn
 
 from madad import MaskedDiffusionAnomalyDetector, SliceAugmentation
 from madad.diffusion import ForeignLatents, Mixture, SmoothOffset
 from madad.testing import tiny_autoencoder, tiny_detector
+from madad.training import Trainer
 
 X = np.random.default_rng(0).random((12, 16, 16), dtype=np.float32)
 
@@ -58,3 +61,75 @@ def test_nested_parameters_lose_their_device_and_generator_but_nothing_else(tmp_
     assert loaded.autoencoder.kl_weight == 1e-3
     np.testing.assert_array_equal(loaded.predict_maps(X), detector.predict_maps(X))
     assert detector.autoencoder is autoencoder and autoencoder.device == torch.device("cpu")
+
+
+class Squares(nn.Module):
+    """A perceptual distance that is an object with weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x_hat, x):
+        return self.weight.mean() * (x_hat - x).square().mean()
+
+
+def no_answer(state):
+    return None
+
+
+def of_this_machine(directory):
+    """A trainer with what neither another machine nor another process has."""
+    return Trainer(2, max_steps=4, checkpoint_dir=directory, callbacks=(no_answer,), validation_fraction=0.25)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "perceptual", [None, "efficientnet-lite0", Squares()], ids=["none", "name", "object"]
+)
+def test_what_only_training_needs_stays_behind(saved, tmp_path, shared, perceptual):
+    trainer = of_this_machine(tmp_path / "runs")
+    autoencoder = tiny_autoencoder(
+        init=saved,
+        perceptual=perceptual,
+        perceptual_weight=0.3 if isinstance(perceptual, nn.Module) else 0.0,
+        adversarial_weight=0.25,
+        adversarial_start=100,
+        learn_logvar=True,
+        pixel_loss="charbonnier",
+        augmentation=SliceAugmentation(n_copies=1),
+        trainer=trainer,
+    )
+    slices = np.pad(X, ((0, 0), (4, 4), (4, 4)))  # the discriminator's smallest
+    given = FrozenEstimator(autoencoder.fit(slices)) if shared else autoencoder
+    detector = tiny_detector(autoencoder=given, trainer=of_this_machine(tmp_path / "runs")).fit(slices)
+    detector.save(tmp_path / "again")
+    loaded = MaskedDiffusionAnomalyDetector.load(tmp_path / "again")
+    for part in (loaded.autoencoder_, loaded.autoencoder.estimator if shared else loaded.autoencoder):
+        assert part.init == str(saved)
+        assert part.perceptual == (None if isinstance(perceptual, nn.Module) else perceptual)
+        for name in ("perceptual_weight", "adversarial_weight", "adversarial_start", "learn_logvar"):
+            assert getattr(part, name) == getattr(autoencoder, name)
+        assert (part.pixel_loss, part.augmentation) == ("charbonnier", SliceAugmentation(n_copies=1))
+        assert part.trainer.checkpoint_dir is None and part.trainer.callbacks == ()
+        assert part.trainer.validation_fraction == 0.25
+    assert loaded.trainer.checkpoint_dir is None and loaded.trainer.callbacks == ()
+    assert loaded.autoencoder_.history_ == detector.autoencoder_.history_
+    assert loaded.autoencoder_.history_[-1]["logvar"] is not None
+    np.testing.assert_array_equal(loaded.predict_maps(slices), detector.predict_maps(slices))
+    # the detector itself keeps what it was given
+    assert (autoencoder.init, autoencoder.perceptual) == (saved, perceptual)
+    assert autoencoder.trainer is trainer and trainer.callbacks == (no_answer,)
+    assert trainer.checkpoint_dir == tmp_path / "runs"
+
+
+def test_a_loaded_detector_can_be_saved_and_fitted_again(saved, tmp_path):
+    options = {"init": saved, "perceptual": Squares(), "trainer": of_this_machine(tmp_path / "runs")}
+    tiny_detector(autoencoder=tiny_autoencoder(**options)).fit(X).save(tmp_path / "again")
+    loaded = MaskedDiffusionAnomalyDetector.load(tmp_path / "again")
+    maps = loaded.predict_maps(X)
+    loaded.save(tmp_path / "once more")
+    np.testing.assert_array_equal(
+        MaskedDiffusionAnomalyDetector.load(tmp_path / "once more").predict_maps(X), maps
+    )
+    assert loaded.fit(X).predict_maps(X).shape == maps.shape

@@ -231,8 +231,7 @@ class Trainer(BaseEstimator):
                 f"patience must be None where nothing is validated, got {self.patience!r}. Set the trainer's "
                 f"validation_fraction to 0.1, say, or patience to None."
             )
-        batch_size = min(self.batch_size or batch_size, n_samples)
-        n_batches = n_samples // batch_size
+        batch_size, n_batches, total_steps = self._extent(n_samples, batch_size)
         task = _Task(
             forward=cast(nn.Module, torch.compile(module)) if self.compile else module,
             loss=loss,
@@ -242,7 +241,7 @@ class Trainer(BaseEstimator):
             n_validation=n_validation if validates else 0,
             batch_size=batch_size,
             n_batches=n_batches,
-            total_steps=min(self.max_epochs * n_batches, self.max_steps or math.inf),
+            total_steps=total_steps,
             validate_every=self.validate_every or n_batches,
             dtype=self._autocast_dtype(next(module.parameters()).device),
             stage=description,
@@ -264,6 +263,20 @@ class Trainer(BaseEstimator):
             if not run.finished:
                 self._train(run, task, file, stop, verbose)
         return run.history
+
+    def max_records(self, n_samples: int, batch_size: int = 32) -> int | None:
+        """The most records that `optimise` may give with these arguments; None where that is open."""
+        self.check()
+        _, n_batches, total_steps = self._extent(n_samples, batch_size)
+        if self.max_time is not None or self.validate_every is not None or math.isinf(total_steps):
+            return None
+        return -(-math.ceil(total_steps) // n_batches)
+
+    def _extent(self, n_samples: int, batch_size: int) -> tuple[int, int, float]:
+        """Samples per batch, batches per epoch, and steps that are allowed."""
+        batch_size = min(self.batch_size or batch_size, n_samples)
+        n_batches = n_samples // batch_size
+        return batch_size, n_batches, min(self.max_epochs * n_batches, self.max_steps or math.inf)
 
     def check(self) -> None:
         """Refuse parameters outside their ranges."""
