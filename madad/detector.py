@@ -100,8 +100,9 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         Which times fewer than T steps visit: `madad.diffusion.NoiseSchedule.timesteps`.
     mask_threshold : float or None
         Positions with f_M above it are repaired, 0..1.
-    repaint : bool or None
-        Erase what is flagged and predict it anew, instead of moving it step by step: `MaskedDDIM`.
+    repaint : float or None
+        Above 0: erase what is flagged, at most this share of the brain, and predict it anew; 0 = move it step
+        by step, as the paper does. See `madad.diffusion.MaskedDDIM`.
     anomaly_map : {"image", "latent", "mask"} or None
         Difference of images, of latents, or the mean of f_M over the steps.
     reference : {"reconstruction", "input"} or None
@@ -198,7 +199,7 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         eta: float | None = None,
         step_spacing: str | None = None,
         mask_threshold: float | None = None,
-        repaint: bool | None = None,
+        repaint: float | None = None,
         anomaly_map: str | None = None,
         reference: str | None = None,
         map_difference: str | None = None,

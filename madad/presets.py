@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from madad.anomaly_map import ANOMALY_MAPS, DIFFERENCES, REFERENCES, smoothing_width
@@ -45,7 +44,7 @@ _PAPER = {
     "eta": 0.0,
     "step_spacing": "leading",
     "mask_threshold": 0.5,
-    "repaint": False,
+    "repaint": 0.0,
     "anomaly_map": "image",
     "reference": "input",
     "map_difference": "squared",
@@ -83,8 +82,8 @@ _SMALL = _PAPER | {
     "mask_loss_weight": 1.0,
     "step_spacing": "trailing",
     "n_steps": 5,
-    "mask_threshold": 0.2,
-    "repaint": True,
+    "mask_threshold": 0.1,
+    "repaint": 0.3,
     "reference": "reconstruction",
     "map_difference": "absolute",
     "gamma": 0.4,
@@ -138,8 +137,8 @@ def check_inference_knobs(knobs: dict) -> None:
         if knobs[name] not in allowed:
             raise ValueError(f"{name} must be one of {allowed}, got {knobs[name]!r}. Use {allowed[0]!r}.")
     smoothing_width(knobs["smoothing_px"], 1, 1)
-    if not isinstance(knobs["repaint"], bool | np.bool_):
-        raise ValueError(f"repaint must be True or False, got {knobs['repaint']!r}. The paper's is False.")
+    if not 0 <= knobs["repaint"] <= 1:
+        raise ValueError(f"repaint must lie in 0..1, got {knobs['repaint']!r}. 0 repairs step by step.")
     if not 0 <= knobs["mask_threshold"] <= 1:
         raise ValueError(
             f"mask_threshold must lie in 0..1, got {knobs['mask_threshold']!r}. The paper's is 0.5."

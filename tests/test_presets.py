@@ -57,7 +57,7 @@ def test_the_papers_values():
         "n_steps": 10,
         "eta": 0.0,
         "mask_threshold": 0.5,
-        "repaint": False,
+        "repaint": 0.0,
         "anomaly_map": "image",
         "reference": "input",
         "map_difference": "squared",
@@ -118,9 +118,8 @@ def test_a_preset_that_does_not_exist_is_refused(value):
 @pytest.mark.parametrize(
     "knob, value",
     [
-        *[(knob, value) for knob in ("mask_threshold", "eta") for value in (-0.1, 1.1, math.nan)],
+        *[(knob, value) for knob in ("mask_threshold", "eta", "repaint") for value in (-0.1, 1.1, math.nan)],
         *[("gamma", value) for value in (0, -0.2, math.nan)],
-        *[("repaint", value) for value in (1, "no")],
     ],
 )
 def test_inference_knobs_out_of_range_are_refused(knob, value):
@@ -131,7 +130,14 @@ def test_inference_knobs_out_of_range_are_refused(knob, value):
 
 @pytest.mark.parametrize(
     "knob, value",
-    [("mask_threshold", 0), ("mask_threshold", 1), ("eta", 1), ("eta", np.float32(0.5)), ("gamma", math.inf)],
+    [
+        ("mask_threshold", 0),
+        ("mask_threshold", 1),
+        ("eta", 1),
+        ("repaint", 1),
+        ("eta", np.float32(0.5)),
+        ("gamma", math.inf),
+    ],
 )
 def test_inference_knobs_at_the_ends_are_taken(knob, value):
     check_inference_knobs(PRESETS["small"] | {knob: value})

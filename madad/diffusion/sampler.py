@@ -39,7 +39,7 @@ class _MaskedSampler:
     eta: float = 0.0
     mask_threshold: float = 0.5
     spacing: str = "leading"
-    repaint: bool = False
+    repaint: float = 0.0
 
     def restore(
         self,
@@ -85,8 +85,9 @@ class _MaskedSampler:
             if return_trajectory:
                 trajectory.append(z_t)
         f_m = torch.stack(probabilities)
-        if self.repaint:
-            erased = f_m.mean(dim=0) > self.mask_threshold
+        if self.repaint > 0:
+            inside = torch.ones_like(f_m[0]) if brain_fraction is None else brain_fraction > 0
+            erased = _highest(f_m.mean(dim=0), self.mask_threshold, inside, self.repaint)
             z_t, flagged = _repaint(unet, z, erased, schedule), erased.flatten(1).any(dim=1)
             trajectory.append(z_t)
         return Restoration(z_t, f_m, flagged, torch.stack(trajectory) if return_trajectory else None)
@@ -109,9 +110,10 @@ class MaskedDDIM(_MaskedSampler):
         Positions with f_M above it are moved.
     spacing : {"leading", "trailing"}
         See `NoiseSchedule.timesteps`.
-    repaint : bool
-        Ours: the steps only find what is not normal. Positions whose mean f_M over the steps is above the
-        threshold are then erased and predicted anew from what is around them, all others left as they were.
+    repaint : float
+        Ours, above 0: the steps only find what is not normal. Positions whose mean f_M over the steps is over
+        the threshold are then erased and predicted anew from what is around them, at most this share of the
+        brain's positions, those with the highest; all others are left as they were. 0 = the paper's steps.
 
     Notes
     -----
@@ -123,7 +125,8 @@ class MaskedDDIM(_MaskedSampler):
     The steps can only shift tissue back by what the network takes for its corruption, and much of a lesion
     stays. Repainting takes away all of it: ``z_0 = B(mean f_M) f_z0((1 - B(mean f_M)) z_T, T) + (1 -
     B(mean f_M)) z_T``, where 0 is the mean of healthy latents. The network must have been trained with
-    `madad.diffusion.ErasedLatents`.
+    `madad.diffusion.ErasedLatents`. The largest share keeps something to paint from where a network flags
+    all of a brain, one from another scanner for example.
     """
 
     def _step(self, schedule, z_t, z0_hat, t, t_before, noise):
@@ -158,6 +161,16 @@ class MaskedDDPM(_MaskedSampler):
         beta = 1 - ab / ab_before
         spread = self.eta * beta**0.5 if t_before > 0 else 0.0
         return posterior_mean(z_t, z0_hat, ab, ab_before) + spread * noise
+
+
+def _highest(f_m: Tensor, threshold: float, inside: Tensor, share: float) -> Tensor:
+    """Positions above a threshold, and of each sample's no more than a share of those inside the brain."""
+    allowed = (share * inside.flatten(1).sum(dim=1).double()).long()
+    ranked = f_m.flatten(1).sort(dim=1, descending=True).values
+    below = ranked.gather(1, allowed.clamp(max=ranked.shape[1] - 1)[:, None])  # the first that is too many
+    everything = (allowed >= ranked.shape[1])[:, None]
+    limit = torch.where(everything, torch.zeros_like(below), below).clamp_min(threshold)
+    return f_m > limit[:, :, None, None]
 
 
 def _repaint(unet: nn.Module, z: Tensor, erased: Tensor, schedule: NoiseSchedule) -> Tensor:

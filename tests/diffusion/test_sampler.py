@@ -13,7 +13,7 @@ SAMPLERS = {
     "ddim few": MaskedDDIM(3, spacing="trailing"),
     "ddpm": MaskedDDPM(),
     "ddpm few": MaskedDDPM(4),
-    "ddim repaint": MaskedDDIM(4, repaint=True),
+    "ddim repaint": MaskedDDIM(4, repaint=1.0),
 }
 SHAPE = (5, 4, 6, 7)
 
@@ -121,7 +121,7 @@ def test_with_eta_the_noise_is_seeded(sampler):
 def test_trajectory_runs_from_the_input_to_the_result(sampler):
     z = case()[2]
     result = sampler.restore(stand_in, z, SCHEDULE, return_trajectory=True)
-    assert result.trajectory.shape == (sampler.n_steps + 1 + sampler.repaint, *SHAPE)
+    assert result.trajectory.shape == (sampler.n_steps + 1 + bool(sampler.repaint), *SHAPE)
     assert torch.equal(result.trajectory[0], z) and torch.equal(result.trajectory[-1], result.z_restored)
     assert result.noise_probability.shape == (sampler.n_steps, SHAPE[0], 1, *SHAPE[2:])
     times = SCHEDULE.timesteps(sampler.n_steps, sampler.spacing)
@@ -179,7 +179,7 @@ def flagging(noise_logit, z0_hat=None):
     return unet, given
 
 
-@pytest.mark.parametrize("sampler", [MaskedDDIM(3, repaint=True), MaskedDDPM(4, repaint=True)])
+@pytest.mark.parametrize("sampler", [MaskedDDIM(3, repaint=1.0), MaskedDDPM(4, repaint=1.0)])
 def test_repaint_erases_what_is_flagged_and_takes_the_prediction_at_the_last_time(sampler):
     _, noise_mask, z = case()
     unet, given = flagging(torch.where(noise_mask, 3.0, -3.0))
@@ -204,11 +204,31 @@ def test_repaint_goes_by_the_mean_of_the_flags(threshold, erased):
     def unet(z_t, t):
         return 0 * z_t + 7, torch.full_like(z_t[:, :1], logits[int(t[0])])
 
-    sampler = MaskedDDIM(2, mask_threshold=threshold, spacing="trailing", repaint=True)
+    sampler = MaskedDDIM(2, mask_threshold=threshold, spacing="trailing", repaint=1.0)
     result = sampler.restore(unet, z, SCHEDULE)
     assert torch.equal(result.z_restored, 0 * z + 7 if erased else z)
     assert result.flagged.tolist() == [erased] * SHAPE[0]
     torch.testing.assert_close(result.noise_probability.mean(), torch.tensor(0.2))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("with_brain", [False, True])
+def test_repaint_erases_at_most_a_share_of_the_brain_and_what_is_flagged_most(share, with_brain):
+    z = case()[2]
+    logit = torch.randn(SHAPE[0], 1, *SHAPE[2:], generator=seeded(5)) + 2
+    brain = (torch.rand(logit.shape, generator=seeded(6)) < 0.7).float() if with_brain else None
+    unet, given = flagging(logit)
+    result = MaskedDDIM(2, mask_threshold=0.5, repaint=share).restore(unet, z, SCHEDULE, brain_fraction=brain)
+    inside = torch.ones_like(logit, dtype=torch.bool) if brain is None else brain > 0
+    erased = (given[-1][0] == 0).all(dim=1, keepdim=True)
+    for i in range(SHAPE[0]):
+        candidates = logit[i][inside[i]].sort(descending=True).values
+        allowed = int(share * len(candidates))
+        expected = min(allowed, int((candidates > 0).sum()))
+        assert int(erased[i].sum()) == expected
+        assert (logit[i][erased[i]] >= candidates[expected - 1]).all()
+        assert not erased[i][~inside[i]].any()
+    assert torch.equal(result.z_restored[~erased.expand_as(z)], z[~erased.expand_as(z)])
 
 
 def test_repaint_takes_away_all_of_what_was_there():
@@ -218,7 +238,7 @@ def test_repaint_takes_away_all_of_what_was_there():
     for content in (z, z + 5, -3 * z):
         unet, _ = flagging(torch.where(noise_mask, 3.0, -3.0))
         changed = torch.where(noise_mask, content, z0)
-        restored.append(MaskedDDIM(repaint=True).restore(unet, changed, SCHEDULE).z_restored)
+        restored.append(MaskedDDIM(repaint=1.0).restore(unet, changed, SCHEDULE).z_restored)
     assert torch.equal(restored[0], restored[1]) and torch.equal(restored[0], restored[2])
     unet, _ = flagging(torch.where(noise_mask, 3.0, -3.0))
     stepwise = [MaskedDDIM().restore(unet, torch.where(noise_mask, c, z0), SCHEDULE) for c in (z, z + 5)]
