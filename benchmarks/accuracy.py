@@ -114,6 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--augment", type=int, default=0, metavar="N", help="augmented copies of each slice")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--preset", default="small")
+    parser.add_argument("--autoencoder", default="auto", help="a size in madad.nn.AUTOENCODER_SIZES")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="detector parameters")
     parser.add_argument("--shown", choices=ANOMALY_MAPS, default="image", help="map of the picture")
@@ -210,7 +211,9 @@ def fitted(
     overrides = dict(item.split("=", 1) for item in options.set)
     detector = MaskedDiffusionAnomalyDetector(
         options.preset,
-        autoencoder=LatentAutoencoder(trainer=trainer(options.autoencoder_steps, 2e-3, 32)),
+        autoencoder=LatentAutoencoder(
+            options.autoencoder, trainer=trainer(options.autoencoder_steps, 2e-3, 32)
+        ),
         trainer=trainer(options.denoiser_steps, 1e-3, 16),
         augmentation=SliceAugmentation(options.augment) if options.augment else None,
         pixel_specificity=PIXEL_SPECIFICITY,
