@@ -38,6 +38,7 @@ ROWS: dict[str, dict] = {
 }
 QUALITY = ("mae", "psnr", "ssim", "high_frequency_ratio")
 FOUND = ("max_dice_per_image", "max_dice_pooled", "auprc")
+SIZE = "fast-f4"  # small and quick to train, for both contrasts
 N_T1_SUBJECTS, T1_LEVELS, PAINTED_RADII_PX = 8, (0.4, 0.8), (3.0, 13.0)
 
 
@@ -137,7 +138,7 @@ def measure(
     if "adversarial_weight" in terms:
         terms = terms | {"adversarial_start": options.autoencoder_steps // 4}
     autoencoder = LatentAutoencoder(
-        trainer=trainer(options.autoencoder_steps, 2e-3, 16), random_state=seed, **terms
+        SIZE, trainer=trainer(options.autoencoder_steps, 2e-3, 16), random_state=seed, **terms
     )
     autoencoder.fit(train.images, brain_mask=train.brain_masks)
     seconds = time.monotonic() - start

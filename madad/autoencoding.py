@@ -37,7 +37,7 @@ from madad.training import Trainer
 
 BACKGROUND = -1.0  # of a network image
 COMPONENT_SLICES = 256
-AUTO_SIZES = (("fast-f2", 80), ("fast-f4", 160), ("fast-f8", math.inf))
+AUTO_SIZES = (("fast-f2", 96), ("fast-f4", 160), ("fast-f8", math.inf))
 LATENT_STATISTICS = ("latent_shift_", "latent_scale_")
 
 
@@ -103,7 +103,7 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
     ----------
     size : str or AutoencoderConfig
         A name in `madad.nn.AUTOENCODER_SIZES`, or a shape. ``"auto"`` is the one of the fast ones that
-        gives latents of about 32 x 32: a factor of 2 for slices of up to 80 pixels, 4 up to 160, else 8.
+        gives latents of about 32 x 32: a factor of 2 for slices of up to 96 pixels, 4 up to 160, else 8.
     latent_channels : int or None
         Overrides the size's number of latent channels.
     init : path-like, str or None
