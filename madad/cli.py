@@ -30,7 +30,7 @@ from madad.training import Trainer
 
 N_TRAIN, N_TEST, N_SHOWN = 300, 60, 8
 SLICES_PER_SUBJECT = 2
-DEMO_STEPS = (200, 900)  # of the autoencoder and of the denoiser
+DEMO_STEPS = (200, 1200)  # of the autoencoder and of the denoiser
 COLUMNS = ("auprc", "auroc", "max_dice_per_image", "max_dice_pooled", "calibrated_dice")
 BASELINE_CALIBRATION = 0.99  # pixel specificity on held-out healthy slices, as the detector's
 
