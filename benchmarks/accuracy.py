@@ -83,6 +83,7 @@ def main() -> None:
         "n_test_subjects": len(np.unique(test.subjects)),
         "test_subjects_sha256": sha256("\n".join(np.unique(test.subjects)).encode()).hexdigest(),
         "steps_per_stage": [options.autoencoder_steps, options.denoiser_steps],
+        "options": training_options(options),
         "precision": options.precision,
         "center": options.center,
         "augmented_copies": options.augment,

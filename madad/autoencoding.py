@@ -103,7 +103,7 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
     ----------
     size : str or AutoencoderConfig
         A name in `madad.nn.AUTOENCODER_SIZES`, or a shape. ``"auto"`` is the one of the fast ones that
-        gives latents of about 32 x 32: a factor of 2 for slices of up to 96 pixels, 4 up to 160, else 8.
+        suits the slices: a factor of 2 for sides of up to 96 pixels, 4 up to 160, else 8.
     latent_channels : int or None
         Overrides the size's number of latent channels.
     init : path-like, str or None
@@ -293,6 +293,12 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
     def identity(self, stack: SliceStack, groups) -> str:
         """A hash of data and settings, for checkpoints and caches."""
         settings = self.get_params(deep=False) | {"trainer": None, "verbose": None, "device": None}
+        if self.init is None:
+            settings["size"] = self._config(stack.image_shape)  # what the name stands for
+        else:
+            settings["init"] = state_to_numpy(
+                load_autoencoder(self.init, image_channels=stack.image_shape[0])
+            )
         return content_hash((settings, stack.digest, None if groups is None else np.asarray(groups)))
 
     def transform(self, X) -> np.ndarray:

@@ -169,6 +169,9 @@ def cache_latents(
 
 def what_is_learnt(autoencoder, stack: SliceStack, **settings) -> str:
     """A hash of the encoder, the slices and what `train_denoiser` is told besides, for files and caches."""
+    settings["objective"] = make_objective(**settings["objective"])  # what the names stand for
+    if isinstance(settings.get("denoiser"), str):
+        settings["denoiser"] = UNET_SIZES[settings["denoiser"]]
     statistics = (autoencoder.latent_shift_, autoencoder.latent_scale_)
     network = (autoencoder.config_, state_to_numpy(autoencoder.network_))
     return content_hash((network, statistics, autoencoder.batch_size_of(), stack.digest, settings))

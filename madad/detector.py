@@ -72,8 +72,8 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         Trains the denoiser. A `LatentAutoencoder` given here has its own; the preset's shares this one's
         checkpoint directory, callbacks and precision.
     augmentation : SliceAugmentation or None
-        Further copies of the healthy slices for the denoiser, with another contrast, brightness and bias
-        field. Meant for scanners that were not trained on; not shown to help yet. None = no copies.
+        Further copies of the healthy slices for the denoiser, moved, deformed, with another contrast and bias
+        field. Not shown to help yet (benchmarks/README.md). None = no copies.
     corruption : {"gaussian", "mixture"}, Corruption or None
         What fills masked latents in training: Gaussian noise (the paper) or a mixture of nothing, foreign
         latents and smooth offsets.
@@ -102,7 +102,8 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         Positions with f_M above it are repaired, 0..1.
     repaint : float or None
         Above 0: erase what is flagged, at most this share of the brain, and predict it anew; 0 = move it step
-        by step, as the paper does. See `madad.diffusion.MaskedDDIM`.
+        by step, as the paper does. It needs a corruption that erases (``"mixture"`` does, ``"gaussian"`` does
+        not): give 0 with others. See `madad.diffusion.MaskedDDIM`.
     anomaly_map : {"image", "latent", "mask"} or None
         Difference of images, of latents, or the mean of f_M over the steps.
     reference : {"reconstruction", "input"} or None
@@ -542,10 +543,10 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         changed = {
             name: value
             for name, value in knobs.items()
-            if value != self.calibrated_with_[name] and name not in unused
+            if value != self.calibrated_with_.get(name) and name not in unused
         }
         if changed:
-            before = {name: self.calibrated_with_[name] for name in changed}
+            before = {name: self.calibrated_with_.get(name) for name in changed}
             warnings.warn(
                 f"offset_ and map_threshold_ were calibrated with {before}, now {changed}. "
                 f"Call calibrate(healthy_slices).",

@@ -66,7 +66,7 @@ _ORIGINAL = _PAPER | {
 }
 
 # Ours: masks and fills that look more like disease, more weight on the mask head, repainting of what it
-# flags, and networks that a CPU can train. Chosen on validation subjects (benchmarks/README.md).
+# flags, and networks that a CPU can train. benchmarks/README.md says on which subjects each was chosen.
 _SMALL = _PAPER | {
     "autoencoder": "auto",
     "autoencoder_training": {"max_epochs": 10**6, "max_steps": 600, "learning_rate": 2e-3},

@@ -87,7 +87,10 @@ class _MaskedSampler:
         f_m = torch.stack(probabilities)
         if self.repaint > 0:
             inside = torch.ones_like(f_m[0]) if brain_fraction is None else brain_fraction > 0
-            erased = _highest(f_m.mean(dim=0), self.mask_threshold, inside, self.repaint)
+            mean = sum(probabilities[1:], probabilities[0]) / len(
+                probabilities
+            )  # in one order for all batches
+            erased = _highest(mean, self.mask_threshold, inside, self.repaint)
             z_t, flagged = _repaint(unet, z, erased, schedule), erased.flatten(1).any(dim=1)
             trajectory.append(z_t)
         return Restoration(z_t, f_m, flagged, torch.stack(trajectory) if return_trajectory else None)
@@ -166,11 +169,10 @@ class MaskedDDPM(_MaskedSampler):
 def _highest(f_m: Tensor, threshold: float, inside: Tensor, share: float) -> Tensor:
     """Positions above a threshold, and of each sample's no more than a share of those inside the brain."""
     allowed = (share * inside.flatten(1).sum(dim=1).double()).long()
-    ranked = f_m.flatten(1).sort(dim=1, descending=True).values
-    below = ranked.gather(1, allowed.clamp(max=ranked.shape[1] - 1)[:, None])  # the first that is too many
-    everything = (allowed >= ranked.shape[1])[:, None]
-    limit = torch.where(everything, torch.zeros_like(below), below).clamp_min(threshold)
-    return f_m > limit[:, :, None, None]
+    order = f_m.flatten(1).argsort(dim=1, descending=True, stable=True)  # of equal ones the first come first
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    return (f_m > threshold) & (rank < allowed[:, None]).view_as(f_m)
 
 
 def _repaint(unet: nn.Module, z: Tensor, erased: Tensor, schedule: NoiseSchedule) -> Tensor:

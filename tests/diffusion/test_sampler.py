@@ -231,6 +231,14 @@ def test_repaint_erases_at_most_a_share_of_the_brain_and_what_is_flagged_most(sh
     assert torch.equal(result.z_restored[~erased.expand_as(z)], z[~erased.expand_as(z)])
 
 
+def test_repaint_erases_its_share_where_all_positions_are_flagged_alike():
+    z = case()[2]
+    unet, given = flagging(torch.full((SHAPE[0], 1, *SHAPE[2:]), 30.0))  # f_M is exactly 1
+    result = MaskedDDIM(3, mask_threshold=0.1, repaint=0.3).restore(unet, z, SCHEDULE)
+    erased = (given[-1][0] == 0).all(dim=1).flatten(1).sum(dim=1)
+    assert erased.tolist() == [int(0.3 * 6 * 7)] * SHAPE[0] and result.flagged.all()
+
+
 def test_repaint_takes_away_all_of_what_was_there():
     """Whatever stands in the flagged positions, the repainted latent is the same."""
     z0, noise_mask, z = case()
