@@ -29,7 +29,7 @@ from madad.denoising import (
     train_denoiser,
     what_is_learnt,
 )
-from madad.diffusion import MaskedDDIM, NoiseSchedule
+from madad.diffusion import CORRUPTIONS, MaskedDDIM, NoiseSchedule, erases
 from madad.nn import MaskedUNet
 from madad.persistence import NOT_SAVED_OF_TRAINER, load_detector, save_detector
 from madad.presets import IMAGE_MAP_KNOBS, INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
@@ -102,8 +102,8 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
         Positions with f_M above it are repaired, 0..1.
     repaint : float or None
         Above 0: erase what is flagged, at most this share of the brain, and predict it anew; 0 = move it step
-        by step, as the paper does. It needs a corruption that erases (``"mixture"`` does, ``"gaussian"`` does
-        not): give 0 with others. See `madad.diffusion.MaskedDDIM`.
+        by step, as the paper does. Only a network whose corruption erases (``"mixture"`` does, ``"gaussian"``
+        does not) can repaint: None = 0 with others. See `madad.diffusion.MaskedDDIM`.
     anomaly_map : {"image", "latent", "mask"} or None
         Difference of images, of latents, or the mean of f_M over the steps.
     reference : {"reconstruction", "input"} or None
@@ -405,6 +405,11 @@ class MaskedDiffusionAnomalyDetector(OutlierMixin, SliceEstimator):
 
     def _inference_knobs(self) -> dict:
         knobs = {name: self._value_of(name) for name in INFERENCE_KNOBS}
+        corruption = self._value_of("corruption")
+        if self.repaint is None and not erases(
+            CORRUPTIONS[corruption] if isinstance(corruption, str) else corruption
+        ):
+            knobs["repaint"] = 0.0
         check_inference_knobs(knobs)
         return knobs
 

@@ -1339,3 +1339,12 @@ def test_slices_in_a_file_never_come_into_memory_as_a_whole(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.4 * mebibytes, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("corruption", "repaint", "expected"),
+    [(None, None, 0.3), ("gaussian", None, 0.0), (GaussianNoise(), None, 0.0), ("gaussian", 0.2, 0.2)],
+)
+def test_only_a_network_that_saw_erased_latents_repaints_by_default(healthy, corruption, repaint, expected):
+    detector = strict_detector(corruption=corruption, repaint=repaint).fit(healthy)
+    assert detector.calibrated_with_["repaint"] == expected

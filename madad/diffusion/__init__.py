@@ -8,6 +8,7 @@ from madad.diffusion.corruption import (
     GaussianNoise,
     Mixture,
     SmoothOffset,
+    erases,
 )
 from madad.diffusion.masking import EitherMask, RandomBlobs, RandomPatches
 from madad.diffusion.objective import MaskedDiffusionObjective, masked_diffusion_loss
@@ -30,5 +31,6 @@ __all__ = [
     "RandomPatches",
     "Restoration",
     "SmoothOffset",
+    "erases",
     "masked_diffusion_loss",
 ]

@@ -150,6 +150,14 @@ class Mixture:
         return fills[choice, torch.arange(len(z0))]
 
 
+def erases(corruption) -> bool:
+    """Whether a network trained with it learns to repaint: `ErasedLatents`, alone or in a `Mixture`."""
+    if isinstance(corruption, Mixture):
+        weights = corruption.probabilities or [1.0] * len(corruption.corruptions)
+        return any(erases(part) for part, w in zip(corruption.corruptions, weights, strict=True) if w > 0)
+    return isinstance(corruption, ErasedLatents)
+
+
 CORRUPTIONS: dict[str, Corruption] = {
     "gaussian": GaussianNoise(),
     "mixture": Mixture(probabilities=(0.2, 0.15, 0.65)),

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from madad.diffusion import CORRUPTIONS, ErasedLatents, ForeignLatents, GaussianNoise, Mixture, SmoothOffset
+from madad.diffusion import (
+    CORRUPTIONS,
+    ErasedLatents,
+    ForeignLatents,
+    GaussianNoise,
+    Mixture,
+    SmoothOffset,
+    erases,
+)
 
 ALL = {"foreign": ForeignLatents(), "smooth": SmoothOffset(), **CORRUPTIONS}
 
@@ -163,3 +171,10 @@ def test_mixture_picks_one_corruption_per_sample(probabilities):
     assert torch.equal(fill, picked[:, None, None, None].expand_as(fill))
     shares = np.bincount(picked.long().numpy(), minlength=3) / 3000
     np.testing.assert_allclose(shares, probabilities or np.full(3, 1 / 3), atol=0.03)
+
+
+def test_what_erases_is_found_in_mixtures_too():
+    assert erases(ErasedLatents()) and erases(CORRUPTIONS["mixture"])
+    assert erases(Mixture((GaussianNoise(), Mixture((ErasedLatents(),)))))
+    assert not erases(GaussianNoise()) and not erases(Constant(0.0))
+    assert not erases(Mixture((GaussianNoise(), ErasedLatents()), (1.0, 0.0)))
