@@ -91,7 +91,7 @@ intensity_range, batch_size, device, random_state, verbose :
     >>> from madad import Trainer
     >>> from madad.datasets import make_brain_slices
     >>> healthy = make_brain_slices(40, size=32, random_state=0)
-    >>> baseline = PartialDiffusion("tiny", trainer=Trainer(2), n_steps=2, random_state=0)
+    >>> baseline = PartialDiffusion(denoiser="tiny", trainer=Trainer(2), n_steps=2, random_state=0)
     >>> baseline.fit(healthy.images, groups=healthy.subjects).predict_maps(healthy.images[:2]).shape
     (2, 32, 32)
     """
@@ -102,8 +102,8 @@ intensity_range, batch_size, device, random_state, verbose :
 
     def __init__(
         self,
-        denoiser="small",
         *,
+        denoiser="small",
         trainer: Trainer | None = None,
         flip: bool = True,
         noise: str = "simplex",
@@ -258,7 +258,7 @@ n_features_in_ :
     >>> from madad import Trainer
     >>> from madad.datasets import make_brain_slices
     >>> healthy = make_brain_slices(40, size=32, random_state=0)
-    >>> baseline = ImplicitGuidanceDiffusion("tiny", trainer=Trainer(2), n_steps=5, random_state=0)
+    >>> baseline = ImplicitGuidanceDiffusion(denoiser="tiny", trainer=Trainer(2), n_steps=5, random_state=0)
     >>> baseline.fit(healthy.images, groups=healthy.subjects).predict_maps(healthy.images[:2]).shape
     (2, 32, 32)
     """
@@ -267,8 +267,8 @@ n_features_in_ :
 
     def __init__(
         self,
-        denoiser="small",
         *,
+        denoiser="small",
         trainer: Trainer | None = None,
         flip: bool = True,
         noise: str = "simplex",
@@ -290,7 +290,7 @@ n_features_in_ :
         verbose: bool = False,
     ):
         super().__init__(
-            denoiser,
+            denoiser=denoiser,
             trainer=trainer,
             flip=flip,
             noise=noise,
