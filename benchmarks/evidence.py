@@ -88,6 +88,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many, counted from 0")
     parser.add_argument("--budget", type=seconds_of, help="time to train each method: 90s, 30m, 2h")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="of --budget; cpu: where other jobs run too"
+    )
     parser.add_argument("--size", choices=SIZES, default="small", help="of the networks")
     parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--device", default="auto")
@@ -188,6 +191,7 @@ def fitted(options: argparse.Namespace, protocol: Protocol, name: str, method: M
         size=options.size,
         precision=options.precision,
         device=options.device,
+        clock=options.clock,
     )
     wanted = identity(options, protocol, method(conditions))
     if (folder / "cell.json").is_file():
@@ -338,6 +342,7 @@ def circumstances(options: argparse.Namespace, protocol: Protocol) -> dict:
         "data": protocol.description,
         "conditions": {
             "seconds_to_train_each": options.budget,
+            "clock": options.clock,
             "size": options.size,
             "precision": options.precision,
             "seeds": list(range(options.seeds)),

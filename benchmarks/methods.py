@@ -39,7 +39,7 @@ class Conditions:
     ----------
     seed : int
     budget_s : float or None
-        Seconds to train; None = by steps.
+        Seconds to train, by ``clock``; None = by steps.
     steps : int or None
         Of all networks of a method together (of AE and VAE at size small: a third, as of the size's own);
         None = the number of steps or epochs that the size has for each.
@@ -48,6 +48,8 @@ class Conditions:
     precision : str
         Of `Trainer`.
     device : str
+    clock : {"wall", "cpu"}
+        Of `Trainer`.
     checkpoints : Path or None
         Where trainings are written down, to be found again after an interruption, or by another method that
         has the same one.
@@ -59,6 +61,7 @@ class Conditions:
     size: str = "small"
     precision: str = "auto"
     device: str = "auto"
+    clock: str = "wall"
     checkpoints: Path | None = None
 
     def trainer(self, share: float = 1.0, *, batch_size: int = 16, learning_rate: float = 1e-3) -> Trainer:
@@ -70,7 +73,7 @@ class Conditions:
         }
         bounds = {"max_epochs": 10**6}
         if self.budget_s is not None:
-            bounds |= {"max_time": share * self.budget_s}
+            bounds |= {"max_time": share * self.budget_s, "clock": self.clock}
         elif self.steps is not None:
             bounds |= {"max_steps": max(round(share * self.steps), 1)}
         else:

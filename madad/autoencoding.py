@@ -9,11 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.base import TransformerMixin
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from madad._callbacks import CallbackSupport, FitTask, with_callbacks
+from madad._callbacks import FitTask, with_callbacks
+from madad._estimator import SliceEstimator
 from madad._hashing import content_hash
 from madad._random import generator_from, hold_out, isolated_seed, spawn_seeds
 from madad._tensors import (
@@ -27,7 +28,7 @@ from madad._tensors import (
     to_images,
     to_network,
 )
-from madad._validation import SliceStack, as_numpy, check_slices
+from madad._validation import SliceStack, as_numpy
 from madad.augmentation import SliceAugmentation
 from madad.metrics import reconstruction_errors
 from madad.nn import AUTOENCODER_SIZES, AutoencoderConfig, AutoencoderKL, PatchDiscriminator, make_perceptual
@@ -39,61 +40,6 @@ BACKGROUND = -1.0  # of a network image
 COMPONENT_SLICES = 256
 AUTO_SIZES = (("fast-f2", 96), ("fast-f4", 160), ("fast-f8", math.inf))
 LATENT_STATISTICS = ("latent_shift_", "latent_scale_")
-
-
-class SliceEstimator(CallbackSupport, BaseEstimator):
-    """What both estimators share: slices in any of their layouts, checked against those of ``fit``.
-
-    A subclass has the parameters ``image_shape`` and ``intensity_range``.
-    """
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.two_d_array = True
-        tags.input_tags.three_d_array = True
-        tags.non_deterministic = False
-        return tags
-
-    def _check_fit_slices(self, X, brain_mask=None) -> SliceStack:
-        """Validate training slices and remember their shape and scale."""
-        X = self._check_rows(X, reset=True)
-        stack = check_slices(
-            X,
-            image_shape=self.image_shape,
-            intensity_range=self.intensity_range,
-            brain_mask=brain_mask,
-        )
-        self.n_features_in_ = int(np.prod(stack.values.shape[1:]))
-        self.image_shape_ = stack.image_shape
-        self.intensity_range_ = stack.intensity_range
-        return stack
-
-    def _check_rows(self, X, *, reset: bool) -> np.ndarray:
-        """Give flat rows (and what is no array at all) to scikit-learn's own validation."""
-        is_sparse = hasattr(X, "toarray")
-        values = X if is_sparse else as_numpy(X)
-        if is_sparse or values.ndim < 3:
-            return validate_data(self, values, dtype="numeric", reset=reset)
-        return values
-
-    def _check_slices(self, X, brain_mask=None) -> SliceStack:
-        """Validate slices for a fitted estimator."""
-        check_is_fitted(self)
-        X = self._check_rows(X, reset=False)
-        flat_shape = self.image_shape_ if X.ndim == 2 and self.image_shape is not None else None
-        in_data_units = self.intensity_range == "data"
-        stack = check_slices(
-            X,
-            image_shape=flat_shape,
-            intensity_range="data" if in_data_units else self.intensity_range,
-            brain_mask=brain_mask,
-        )
-        if stack.image_shape != self.image_shape_:
-            raise ValueError(
-                f"X must have slices of shape {self.image_shape_} (channels, height, width) as in fit, got "
-                f"{stack.image_shape}. Resample them to the training grid."
-            )
-        return replace(stack, intensity_range=self.intensity_range_) if in_data_units else stack
 
 
 class LatentAutoencoder(TransformerMixin, SliceEstimator):
@@ -540,3 +486,39 @@ class LatentAutoencoder(TransformerMixin, SliceEstimator):
             config, arrays = packed
             with isolated_seed(0):  # building a network draws weights
                 self.network_ = state_from_numpy(AutoencoderKL(config), arrays).eval()
+
+
+def shared_autoencoder(autoencoder, stack: SliceStack, intensity_range) -> LatentAutoencoder:
+    """An autoencoder that others use too, if it is fitted on slices of this shape and scale.
+
+    Parameters
+    ----------
+    autoencoder : LatentAutoencoder
+    stack : SliceStack
+        What it is to be used on.
+    intensity_range : (float, float) or "data"
+        Of the estimator that uses it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is something else, or fitted on other slices.
+    """
+    if not isinstance(autoencoder, LatentAutoencoder):
+        raise TypeError(
+            f"autoencoder must be FrozenEstimator(LatentAutoencoder) when it is shared, "
+            f"got {autoencoder!r}. Fit a LatentAutoencoder first."
+        )
+    check_is_fitted(autoencoder)
+    if autoencoder.image_shape_ != stack.image_shape:
+        raise ValueError(
+            f"autoencoder must be fitted on slices of shape {stack.image_shape}, "
+            f"got {autoencoder.image_shape_}. Fit it on slices of this size."
+        )
+    if "data" in (autoencoder.intensity_range, intensity_range):
+        if autoencoder.intensity_range_ != stack.intensity_range:
+            raise ValueError(
+                f"autoencoder must be fitted with intensity_range {stack.intensity_range}, "
+                f"got {autoencoder.intensity_range_}. Give both estimators the same numbers."
+            )
+    return autoencoder

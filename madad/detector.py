@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
-from sklearn.utils.validation import check_is_fitted, check_memory
+from sklearn.utils.validation import check_memory
 from torch import nn
 
 from madad._callbacks import FitTask, with_callbacks
@@ -20,7 +20,7 @@ from madad._tensors import resolve_device
 from madad._validation import SliceStack
 from madad._version import __version__
 from madad.augmentation import SliceAugmentation
-from madad.autoencoding import LatentAutoencoder
+from madad.autoencoding import LatentAutoencoder, shared_autoencoder
 from madad.denoising import (
     OBJECTIVE_KNOBS,
     check_denoiser,
@@ -298,7 +298,9 @@ class MaskedDiffusionAnomalyDetector(AnomalyMapDetector):
 
         with graceful_stop() as stop:
             if shares:
-                self.autoencoder_ = self._check_shared(self.autoencoder.estimator, stack)
+                self.autoencoder_ = shared_autoencoder(
+                    self.autoencoder.estimator, stack, self.intensity_range
+                )
             else:
                 self.autoencoder_ = self._train_autoencoder(inputs, autoencoder_seed)
             self.denoiser_, self.history_ = self._train_denoiser(inputs, denoiser_seed, stop)
@@ -411,27 +413,6 @@ class MaskedDiffusionAnomalyDetector(AnomalyMapDetector):
             )
         shared = {"device": self.device, "image_shape": None, "intensity_range": (0.0, 1.0), "verbose": False}
         return unfitted.set_params(**shared, random_state=seed)
-
-    def _check_shared(self, autoencoder, stack: SliceStack) -> LatentAutoencoder:
-        """A fitted autoencoder that others use too must have seen slices of the same shape."""
-        if not isinstance(autoencoder, LatentAutoencoder):
-            raise TypeError(
-                f"autoencoder must be FrozenEstimator(LatentAutoencoder) when it is shared, "
-                f"got {autoencoder!r}. Fit a LatentAutoencoder first."
-            )
-        check_is_fitted(autoencoder)
-        if autoencoder.image_shape_ != stack.image_shape:
-            raise ValueError(
-                f"autoencoder must be fitted on slices of shape {stack.image_shape}, "
-                f"got {autoencoder.image_shape_}. Fit it on slices of this size."
-            )
-        if autoencoder.intensity_range == "data" or self.intensity_range == "data":
-            if autoencoder.intensity_range_ != stack.intensity_range:
-                raise ValueError(
-                    f"autoencoder must be fitted with intensity_range {stack.intensity_range}, "
-                    f"got {autoencoder.intensity_range_}. Give both estimators the same numbers."
-                )
-        return autoencoder
 
     def _make_trainer(self) -> Trainer:
         if self.trainer is not None:

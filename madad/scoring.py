@@ -13,11 +13,11 @@ from sklearn.base import OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from madad._estimator import SliceEstimator
 from madad._random import isolated_seed
 from madad._tensors import state_from_numpy, state_to_numpy
 from madad._validation import SliceStack
 from madad.anomaly_map import healthy_threshold, pool_map
-from madad.autoencoding import SliceEstimator
 from madad.nn import MaskedUNet
 from madad.persistence import load_detector, save_detector
 

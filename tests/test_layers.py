@@ -17,7 +17,7 @@ LEVELS = [
     {"_version", "_tensors", "_random", "_validation", "_unpickling", "_callbacks", "_hashing"},
     {"mri"},
     {"anomaly_map", "metrics", "diffusion", "nn", "datasets"},
-    {"training", "augmentation", "checkpoint", "pretrained", "plotting", "reconstruction"},
+    {"training", "augmentation", "checkpoint", "pretrained", "plotting", "reconstruction", "_estimator"},
     {"autoencoding", "denoising", "restoration", "presets"},
     {"persistence"},
     {"scoring"},

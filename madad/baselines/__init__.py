@@ -1,10 +1,10 @@
 """What MAD-AD is compared with: detectors with the same contract, data path, networks and trainer."""
 
-from madad.baselines.autoencoder import AutoencoderResidual, residual_maps
+from madad.baselines.autoencoder import AutoencoderResidual
 from madad.baselines.denoising import DenoisingAutoencoder
 from madad.baselines.diffusion import ImplicitGuidanceDiffusion, PartialDiffusion
 from madad.baselines.features import PatchFeatureDistance
-from madad.baselines.intensity import TAILS, IntensityThreshold, intensity_maps
+from madad.baselines.intensity import TAILS, IntensityThreshold
 
 __all__ = [
     "TAILS",
@@ -14,6 +14,4 @@ __all__ = [
     "IntensityThreshold",
     "PartialDiffusion",
     "PatchFeatureDistance",
-    "intensity_maps",
-    "residual_maps",
 ]

@@ -7,13 +7,11 @@ from typing import ClassVar
 import numpy as np
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
-from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from madad._tensors import inference
 from madad._validation import SliceStack
-from madad.anomaly_map import finish_map
-from madad.autoencoding import LatentAutoencoder
+from madad.autoencoding import LatentAutoencoder, shared_autoencoder
 from madad.baselines.base import RestoringBaseline
 from madad.nn import AutoencoderConfig
 from madad.training import Trainer
@@ -142,7 +140,7 @@ class AutoencoderResidual(RestoringBaseline):
 
     def _train(self, stack: SliceStack, groups: np.ndarray | None, seed: int) -> None:
         if isinstance(self.autoencoder, FrozenEstimator):
-            self.autoencoder_ = self._check_shared(self.autoencoder.estimator, stack)
+            self.autoencoder_ = shared_autoencoder(self.autoencoder.estimator, stack, self.intensity_range)
             return
         shared = {"device": self.device, "image_shape": None, "intensity_range": (0.0, 1.0)}
         unfitted = self._make_autoencoder().set_params(**shared, random_state=seed, verbose=self.verbose)
@@ -162,47 +160,8 @@ class AutoencoderResidual(RestoringBaseline):
             trainer=trainer if self.trainer is None else self.trainer,
         )
 
-    def _check_shared(self, autoencoder: LatentAutoencoder, stack: SliceStack) -> LatentAutoencoder:
-        """A fitted autoencoder must have seen slices of the same shape and scale."""
-        check_is_fitted(autoencoder)
-        for name in ("image_shape", "intensity_range"):
-            fitted, needed = getattr(autoencoder, f"{name}_"), getattr(stack, name)
-            if fitted != needed:
-                raise ValueError(
-                    f"autoencoder must be fitted on slices of {name} {needed}, got {fitted}. "
-                    f"Fit it on slices like these."
-                )
-        return autoencoder
-
     def _restored(self, x: Tensor, brain: np.ndarray) -> Tensor:
         autoencoder = self.autoencoder_
         with inference(autoencoder.network_.to(x.device)):
             z, _ = autoencoder.encode(autoencoder.pad(x))
             return autoencoder.decode(z).float()
-
-
-def residual_maps(
-    autoencoder, images: np.ndarray, brain_masks: np.ndarray, *, smoothing_px: float | None = None
-) -> np.ndarray:
-    """``|x - D(E(x))|`` of a fitted `LatentAutoencoder`: what the first stage alone would say.
-
-    Parameters
-    ----------
-    autoencoder : LatentAutoencoder
-    images : ndarray of shape (n, H, W) or (n, C, H, W), in 0..1
-    brain_masks : ndarray of shape (n, H, W), bool
-    smoothing_px : float or None
-        Gaussian over the map; None = 5 px at 256, scaled to the slice's size.
-
-    Returns
-    -------
-    ndarray of shape (n, H, W), float32 in 0..1, 0 outside the brain
-    """
-    reconstruction = autoencoder.inverse_transform(autoencoder.transform(images))
-    return finish_map(_residual(images, reconstruction).astype(np.float32), brain_masks, smoothing_px)
-
-
-def _residual(images: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
-    """The absolute difference, averaged over channels if there is an axis for them: (n, H, W)."""
-    difference = np.abs(reconstruction - images)
-    return difference.mean(axis=1) if difference.ndim == 4 else difference

@@ -7,7 +7,6 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from madad._tensors import to_images
-from madad.anomaly_map import finish_map
 from madad.baselines.base import Baseline
 
 TAILS = ("bright", "dark", "both")
@@ -98,35 +97,14 @@ class IntensityThreshold(Baseline):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        _check_tail(self.tail)
+        if self.tail not in TAILS:
+            raise ValueError(f"tail must be one of {TAILS}, got {self.tail!r}. Use 'both'.")
 
     def _raw_maps(self, x: Tensor, brain: np.ndarray) -> np.ndarray:
         channels = list(to_images(x).swapaxes(0, 1))  # each (n, H, W)
         if self.equalize:
             channels = [_equalized(images, brain) for images in channels]
         return np.mean([_unusual(images, brain, self.tail) for images in channels], axis=0)
-
-
-def intensity_maps(
-    images: np.ndarray, brain_masks: np.ndarray, *, tail: str = "both", smoothing_px: float = 0.0
-) -> np.ndarray:
-    """The intensity itself as an anomaly map.
-
-    Parameters
-    ----------
-    images : ndarray of shape (n, H, W), in 0..1
-    brain_masks : ndarray of shape (n, H, W), bool
-    tail : {"bright", "dark", "both"}
-        ``x``, ``1 - x``, or the distance from the median of the slice's brain.
-    smoothing_px : float
-        Gaussian over the map.
-
-    Returns
-    -------
-    ndarray of shape (n, H, W), float32 in 0..1, 0 outside the brain
-    """
-    _check_tail(tail)
-    return finish_map(_unusual(images, brain_masks, tail).astype(np.float32), brain_masks, smoothing_px)
 
 
 def _unusual(images: np.ndarray, brain_masks: np.ndarray, tail: str) -> np.ndarray:
@@ -147,8 +125,3 @@ def _equalized(images: np.ndarray, brain_masks: np.ndarray) -> np.ndarray:
         if brain.any():
             rank[brain] = (rankdata(x[brain]) - 0.5) / np.count_nonzero(brain)
     return ranks
-
-
-def _check_tail(tail) -> None:
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {TAILS}, got {tail!r}. Use 'both'.")

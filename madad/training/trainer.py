@@ -22,6 +22,7 @@ from madad.training.checkpoint import CheckpointFile, fingerprint
 from madad.training.run import TrainingRun, channels_last, peak_memory_mib
 from madad.training.stopping import StopRequest, graceful_stop
 
+CLOCKS = ("wall", "cpu")
 PRECISIONS = ("auto", "float32", "bfloat16")
 VALIDATION_SEED = 0
 NOT_DECISIVE = ("checkpoint_dir", "checkpoint_every_s", "resume", "callbacks")
@@ -70,8 +71,12 @@ class Trainer(BaseEstimator):
     max_steps : int or None
         Upper bound on optimiser steps, whatever the number of epochs.
     max_time : float or None
-        Upper bound in seconds of wall-clock time, those before an interruption included. The learning rate
-        then decays with the time that has passed; results depend on the machine.
+        Upper bound in seconds, those before an interruption included. The learning rate then decays with the
+        time that has passed; results depend on the machine.
+    clock : {"wall", "cpu"}
+        Which seconds ``max_time`` bounds: those of a clock on the wall, or those in which the process was at
+        work, all its threads together. Other jobs on a shared machine do not use up the latter, and nor
+        does the work of a GPU.
     batch_size : int or None
         None = 32, or fewer where samples are large.
     learning_rate : float
@@ -115,6 +120,7 @@ class Trainer(BaseEstimator):
         *,
         max_steps: int | None = None,
         max_time: float | None = None,
+        clock: str = "wall",
         batch_size: int | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
@@ -135,6 +141,7 @@ class Trainer(BaseEstimator):
         self.max_epochs = max_epochs
         self.max_steps = max_steps
         self.max_time = max_time
+        self.clock = clock
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -284,6 +291,8 @@ class Trainer(BaseEstimator):
             raise ValueError(
                 f"precision must be one of {PRECISIONS}, got {self.precision!r}. Use 'auto' or 'float32'."
             )
+        if self.clock not in CLOCKS:
+            raise ValueError(f"clock must be one of {CLOCKS}, got {self.clock!r}. Use 'wall'.")
         for name in ("max_epochs", "max_steps", "batch_size", "max_time"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -351,12 +360,12 @@ class Trainer(BaseEstimator):
         """Go on until all is done or a signal comes; what a step entails is over when the next one begins."""
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
-        run.start = time.monotonic() - run.elapsed_s
+        run.start = self._now() - run.elapsed_s
         first, written_s = run.step, run.elapsed_s
         total = task.total_steps if self.max_time is None else None  # by time, the number of steps is open
         with tqdm(total=total, initial=first, desc=task.stage, disable=not verbose, unit="step") as bar:
             while True:
-                run.elapsed_s = time.monotonic() - run.start
+                run.elapsed_s = self._now() - run.start
                 done = run.step >= task.total_steps or self._time_spent(run) >= 1
                 if run.totals and (done or task.ends_record_at(run.step)):
                     self._record(run, task)
@@ -417,7 +426,7 @@ class Trainer(BaseEstimator):
     def _record(self, run: TrainingRun, task: _Task) -> None:
         n_seen = run.counts["loss"] * task.batch_size
         record = run.close_record()  # waits for the device
-        run.elapsed_s = time.monotonic() - run.start
+        run.elapsed_s = self._now() - run.start
         record["learning_rate"] = run.learning_rate
         record["samples_per_second"] = n_seen / max(run.elapsed_s - run.record_start_s, 1e-9)
         record["peak_memory_mib"] = peak_memory_mib(run.device)
@@ -444,7 +453,7 @@ class Trainer(BaseEstimator):
                     f"to end the training."
                 )
             done = done or answer == "stop"
-        run.record_start_s = run.elapsed_s = time.monotonic() - run.start
+        run.record_start_s = run.elapsed_s = self._now() - run.start
         return done
 
     def _validate(self, run: TrainingRun, task: _Task, loss: Loss) -> None:
@@ -459,6 +468,9 @@ class Trainer(BaseEstimator):
                     total = total + len(index) * value
             run.judge(float(total) / task.n_validation)
         run.train()
+
+    def _now(self) -> float:
+        return time.process_time() if self.clock == "cpu" else time.monotonic()
 
     def _time_spent(self, run: TrainingRun) -> float:
         return 0.0 if self.max_time is None else run.elapsed_s / self.max_time

@@ -3,7 +3,7 @@ import pytest
 from scipy.ndimage import gaussian_filter
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from madad.baselines.intensity import TAILS, IntensityThreshold, intensity_maps
+from madad.baselines.intensity import TAILS, IntensityThreshold
 from madad.datasets import make_brain_slices
 
 
@@ -32,46 +32,35 @@ FORMULAS = {
 }
 
 
+def maps_of(images, brain_masks, **parameters):
+    baseline = IntensityThreshold(random_state=0, **parameters).fit(images, brain_mask=brain_masks)
+    return baseline.predict_maps(images, brain_mask=brain_masks)
+
+
 @pytest.mark.parametrize("tail", TAILS)
-def test_intensity_maps(tail, images, brain_masks):
-    maps = intensity_maps(images, brain_masks, tail=tail)
+def test_its_maps_are_intensities_smoothed_by_a_pixel(tail, images, brain_masks):
+    maps = maps_of(images, brain_masks, tail=tail)
     assert maps.dtype == np.float32
     for x, brain, found in zip(images, brain_masks, maps, strict=True):
-        expected = np.where(brain, FORMULAS[tail](x.astype(np.float64), brain), 0)
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+        raw = np.where(brain, FORMULAS[tail](x.astype(np.float64), brain), 0)
+        expected = np.where(brain, gaussian_filter(raw, 1.0, mode="constant"), 0)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_bright_and_dark_rank_in_opposite_order(images, brain_masks):
-    bright, dark = (intensity_maps(images, brain_masks, tail=tail)[0] for tail in ("bright", "dark"))
+    bright, dark = (maps_of(images, brain_masks, tail=tail, smoothing_px=0)[0] for tail in ("bright", "dark"))
     inside = brain_masks[0]
     np.testing.assert_array_equal(np.argsort(bright[inside]), np.argsort(dark[inside])[::-1])
 
 
-def test_smoothing_is_gaussian_inside_the_brain(images, brain_masks):
-    maps = intensity_maps(images, brain_masks, tail="bright", smoothing_px=1.5)
-    for x, brain, found in zip(images, brain_masks, maps, strict=True):
-        expected = gaussian_filter(np.where(brain, x, 0).astype(np.float64), 1.5, mode="constant")
-        np.testing.assert_allclose(found, np.where(brain, expected, 0), atol=1e-5)
-
-
 def test_another_tail_raises(images, brain_masks):
     with pytest.raises(ValueError, match=r"tail must be one of .* got 'left'. Use 'both'"):
-        intensity_maps(images, brain_masks, tail="left")
-
-
-# The estimator
+        maps_of(images, brain_masks, tail="left")
 
 
 @parametrize_with_checks([IntensityThreshold(tail="both", intensity_range="data", random_state=0)])
 def test_scikit_learn_check(estimator, check):
     check(estimator)
-
-
-@pytest.mark.parametrize("tail", TAILS)
-def test_its_maps_are_those_of_the_function(tail, images, brain_masks):
-    baseline = IntensityThreshold(tail=tail, random_state=0).fit(images, brain_mask=brain_masks)
-    expected = intensity_maps(images, brain_masks, tail=tail, smoothing_px=1.0)
-    np.testing.assert_allclose(baseline.predict_maps(images, brain_mask=brain_masks), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("tail", TAILS)

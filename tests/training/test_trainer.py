@@ -164,6 +164,20 @@ def test_time_ends_training_wherever_it_runs_out(monkeypatch, max_time):
     assert torch.isfinite(weights(module)).all() and not module.training
 
 
+def test_the_cpu_clock_counts_what_the_process_worked(monkeypatch):
+    class Both(Clock):
+        def monotonic(self):
+            return 1e9  # a wall clock that stands still
+
+        def process_time(self):
+            return super().monotonic()
+
+    seen = []
+    monkeypatch.setattr(madad.training.trainer, "time", Both(1.0))
+    train(Trainer(1000, max_time=30, clock="cpu", batch_size=8), loss=recorded(sink=seen))
+    assert 9 <= len(seen) <= 30
+
+
 def test_the_learning_rate_decays_with_the_time(monkeypatch):
     monkeypatch.setattr(madad.training.trainer, "time", Clock(1.0))
     _, history = train(Trainer(10_000, max_time=300, batch_size=8, warmup_fraction=0.0))
@@ -305,10 +319,10 @@ def test_clone_and_parameters():
     assert copy is not trainer and copy.get_params() == trainer.get_params()
     assert copy.set_params(max_steps=3).max_steps == 3
     assert set(trainer.get_params()) == {
-        *("max_epochs", "max_steps", "max_time", "batch_size", "learning_rate", "weight_decay"),
-        *("warmup_fraction", "ema_decay", "gradient_clip", "precision", "validation_fraction"),
-        *("validate_every", "patience", "checkpoint_dir", "checkpoint_every_s", "resume", "callbacks"),
-        *("compile", "channels_last"),
+        *("max_epochs", "max_steps", "max_time", "clock", "batch_size", "learning_rate"),
+        *("weight_decay", "warmup_fraction", "ema_decay", "gradient_clip", "precision"),
+        *("validation_fraction", "validate_every", "patience", "checkpoint_dir", "checkpoint_every_s"),
+        *("resume", "callbacks", "compile", "channels_last"),
     }
 
 
@@ -331,6 +345,7 @@ def test_a_loss_that_is_not_finite_is_an_error(value):
         ],
         ("max_epochs", None),
         ("max_time", math.nan),
+        ("clock", "sun"),
         *[("learning_rate", value) for value in (0, -0.1, math.nan)],
         *[("weight_decay", value) for value in (-0.1, math.nan)],
         *[

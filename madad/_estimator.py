@@ -1,0 +1,67 @@
+"""What every estimator shares: slices in any of their layouts, checked against those of ``fit``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from madad._callbacks import CallbackSupport
+from madad._validation import SliceStack, as_numpy, check_slices
+
+
+class SliceEstimator(CallbackSupport, BaseEstimator):
+    """An estimator of slices.
+
+    A subclass has the parameters ``image_shape`` and ``intensity_range``.
+    """
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = True
+        tags.input_tags.three_d_array = True
+        tags.non_deterministic = False
+        return tags
+
+    def _check_fit_slices(self, X, brain_mask=None) -> SliceStack:
+        """Validate training slices and remember their shape and scale."""
+        X = self._check_rows(X, reset=True)
+        stack = check_slices(
+            X,
+            image_shape=self.image_shape,
+            intensity_range=self.intensity_range,
+            brain_mask=brain_mask,
+        )
+        self.n_features_in_ = int(np.prod(stack.values.shape[1:]))
+        self.image_shape_ = stack.image_shape
+        self.intensity_range_ = stack.intensity_range
+        return stack
+
+    def _check_rows(self, X, *, reset: bool) -> np.ndarray:
+        """Give flat rows (and what is no array at all) to scikit-learn's own validation."""
+        is_sparse = hasattr(X, "toarray")
+        values = X if is_sparse else as_numpy(X)
+        if is_sparse or values.ndim < 3:
+            return validate_data(self, values, dtype="numeric", reset=reset)
+        return values
+
+    def _check_slices(self, X, brain_mask=None) -> SliceStack:
+        """Validate slices for a fitted estimator."""
+        check_is_fitted(self)
+        X = self._check_rows(X, reset=False)
+        flat_shape = self.image_shape_ if X.ndim == 2 and self.image_shape is not None else None
+        in_data_units = self.intensity_range == "data"
+        stack = check_slices(
+            X,
+            image_shape=flat_shape,
+            intensity_range="data" if in_data_units else self.intensity_range,
+            brain_mask=brain_mask,
+        )
+        if stack.image_shape != self.image_shape_:
+            raise ValueError(
+                f"X must have slices of shape {self.image_shape_} (channels, height, width) as in fit, got "
+                f"{stack.image_shape}. Resample them to the training grid."
+            )
+        return replace(stack, intensity_range=self.intensity_range_) if in_data_units else stack
