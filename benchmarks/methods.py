@@ -24,7 +24,7 @@ from madad.baselines import (
 from madad.presets import PRESETS
 from madad.scoring import AnomalyMapDetector
 
-AUTOENCODER_SHARE = 0.2  # of MAD-AD's time or steps; the rest is the denoiser's
+AUTOENCODER_SHARE = 0.1  # of MAD-AD's time or steps; the rest is the denoiser's
 SMALL_STEPS = 3000  # of each network of this size, where nothing else is said
 BOTTLENECK_STEPS = 1000  # of AE and VAE, at most: on validation subjects more of them found less
 OUR_GAMMA = PRESETS["small"]["gamma"]
@@ -221,7 +221,7 @@ INFERENCE_ABLATIONS: dict[str, dict] = {
 NOT_FOR_PAPER = ("repaint: 0.3", "repaint: 1")  # a network that was never shown erased latents cannot
 TRAINING_ABLATIONS: dict[str, Method] = {
     "lambda: 0.001": mad_ad(mask_loss_weight=0.001),
-    "lambda: 0.1": mad_ad(mask_loss_weight=0.1),
+    "lambda: 1": mad_ad(mask_loss_weight=1.0),
     "mask ratio: 0.2": mad_ad(mask_ratio=0.2),
     "masks: patches": mad_ad(mask_shape="patches"),
     "masks: patches of 1 and 2": mad_ad(mask_shape="patches", mask_patch_sizes=(1, 2)),

@@ -81,7 +81,7 @@ _SMALL = _PAPER | {
     },
     "corruption": "mixture",
     "mask_shape": "blobs",
-    "mask_loss_weight": 1.0,
+    "mask_loss_weight": 0.1,
     "step_spacing": "trailing",
     "n_steps": 5,
     "mask_threshold": 0.1,

@@ -384,7 +384,7 @@ def test_other_times_are_refused(text):
             ["--data", "d", "--methods", "AE", "GAN"],
             ["--methods must be all or among", "'AE'", "got ['GAN']"],
         ),
-        (["--data", "d", "--ablate", "--methods", "AE"], ["lambda: 0.1", "got ['AE']"]),
+        (["--data", "d", "--ablate", "--methods", "AE"], ["lambda: 1", "got ['AE']"]),
         (["--quick", "--methods", "THOR"], ["'mad-ad'", "got ['THOR']"]),
         (["--quick", "--ablate"], ["--quick must go without --ablate", "--data"]),
         (["--data", "d", "--budget", "soon"], ["--budget", "must be a time", "'soon'"]),
