@@ -22,10 +22,13 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils import Bunch
 
 from benchmarks.protocols import NPZ, at_levels, cropped_to_brains, load_protocol, take
+from benchmarks.tables import write_text
 from madad import LatentAutoencoder, MaskedDiffusionAnomalyDetector, Trainer, __version__
+from madad._hashing import content_hash
 from madad.datasets import load_slices
 from madad.datasets.lesions import paint_lesion
 from madad.metrics import auprc, max_dice_per_image, max_dice_pooled
+from madad.presets import PRESETS
 
 ROWS: dict[str, dict] = {
     "L1": {"structure_weight": 0.0},
@@ -52,13 +55,27 @@ def main() -> None:
         f"{len(test.images)} lesioned ones of {len(np.unique(test.subjects))} other subjects, "
         f"{train.images.shape[1]} x {train.images.shape[2]} px"
     )
+    settings = {
+        "contrast": options.contrast,
+        "steps": [options.autoencoder_steps, options.denoiser_steps],
+        "precision": options.precision,
+        "slices": content_hash((train, healthy, test)),
+        "defaults": content_hash((__version__, PRESETS)),
+    }
     rows: dict[str, list[dict]] = {name: [] for name in ROWS}
     for seed in options.seeds:
         for name, terms in ROWS.items():
-            cell = options.out / f"{name.replace(' ', '').replace('+', '-')}-{seed}.json"
-            if not cell.exists():
-                cell.write_text(json.dumps(measure(options, terms, seed, train, healthy, test)))
-            rows[name].append(json.loads(cell.read_text()))
+            path = options.out / f"{name.replace(' ', '').replace('+', '-')}-{seed}.json"
+            if not path.exists():
+                result = measure(options, terms, seed, train, healthy, test)
+                write_text(path, json.dumps({"settings": settings, "result": result}))
+            cell = json.loads(path.read_text())
+            if cell["settings"] != settings:
+                raise SystemExit(
+                    f"--out must be new or hold cells of the same run, got {path} of {cell['settings']}, now "
+                    f"{settings}. Choose another directory."
+                )
+            rows[name].append(cell["result"])
     report = {
         "contrast": options.contrast,
         "data": options.data.name,
@@ -68,7 +85,7 @@ def main() -> None:
         "rows": rows,
         "version": __version__,
     }
-    (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_text(options.out / "results.json", json.dumps(report, indent=1) + "\n")
     print(table(rows))
 
 

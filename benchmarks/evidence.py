@@ -4,19 +4,22 @@
     python -m benchmarks.evidence --data DIR --protocol s2 --ablate --seeds 3 --budget 4m --out runs/s2
     python -m benchmarks.evidence --quick --out runs/quick
 
-Each method gets the same time to train and networks of one size (`benchmarks.methods`); who is trained on and
-tested is in `benchmarks.protocols`. ``--out`` gets ``results.json``, ``table.md``, a precision-recall figure,
-a figure of Dice against lesion size and a page of examples; ``--ablate`` writes ``ablation.json`` and
-``ablation.md`` there. The same call goes on where an interrupted one was.
+With ``--budget`` each method gets the same time to train, without it the steps of its size, and networks of
+one size (`benchmarks.methods`); who is trained on and tested is in `benchmarks.protocols`. ``--out`` gets
+``results.json``, ``table.md``, a precision-recall figure, a figure of Dice against lesion size and a page of
+examples; ``--ablate`` writes ``ablation.json`` and ``ablation.md`` there. The same call goes on where an
+interrupted one was.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import os
 import platform
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -40,10 +43,21 @@ from benchmarks.methods import (
     Method,
 )
 from benchmarks.protocols import Protocol, load_protocol, quick_protocol, take
-from benchmarks.tables import OURS, PAPERS, PUBLISHED, ablation_table, measured, summarise, table, write_text
+from benchmarks.tables import (
+    OURS,
+    PAPERS,
+    PUBLISHED,
+    ablation_table,
+    compare_pairs,
+    measured,
+    summarise,
+    table,
+    write_text,
+)
 from madad import MaskedDiffusionAnomalyDetector, __version__
 from madad._hashing import content_hash
 from madad.anomaly_map import healthy_threshold
+from madad.presets import PRESETS
 from madad.scoring import AnomalyMapDetector
 from madad.training import TrainingStoppedWarning
 
@@ -87,7 +101,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--methods", nargs="+", default=["all"], help="all, or some by name; with --ablate rows"
     )
     parser.add_argument("--seeds", type=int, default=3, help="how many, counted from 0")
-    parser.add_argument("--budget", type=seconds_of, help="time to train each method: 90s, 30m, 2h")
+    parser.add_argument(
+        "--budget", type=seconds_of, help="time to train each: 90s, 30m, 2h; none: the size's steps"
+    )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="of --budget; cpu: where other jobs run too"
     )
@@ -147,6 +163,8 @@ def compare(options: argparse.Namespace, protocol: Protocol) -> None:
     methods = {
         name: summarise(protocol, [cell.result for cell in of_name]) for name, of_name in cells.items()
     }
+    if OURS in methods:
+        compare_pairs(protocol, methods)
     report = {"methods": methods} | circumstances(options, protocol)
     write_text(options.out / "results.json", json.dumps(report, indent=1) + "\n")
     write_text(options.out / "table.md", table(methods) + "\n")
@@ -240,7 +258,7 @@ def inference_rows(options: argparse.Namespace, protocol: Protocol, base: str, s
     """What each inference parameter changes, with one training; thresholds are calibrated for each."""
     cell = fitted(options, protocol, base, METHODS[base], seed).cell
     folder = options.out / "cells" / slug(base) / str(seed)
-    path, wanted = folder / "rows.json", content_hash((cell["identity"], INFERENCE_ABLATIONS))
+    path, wanted = folder / "rows.json", content_hash((cell, INFERENCE_ABLATIONS))
     if path.is_file() and (kept := json.loads(path.read_text()))["identity"] == wanted:
         return kept["rows"]
     train, test, held_out = protocol.train, protocol.test, np.array(cell["calibration_rows"])
@@ -325,12 +343,13 @@ def shown_rows(test: Bunch) -> np.ndarray:
 
 
 def identity(options: argparse.Namespace, protocol: Protocol, detector: AnomalyMapDetector) -> dict:
-    """What a cell depends on."""
-    names = ("budget", "steps", "size", "precision", "median", "min_component")
+    """What a cell depends on; parameters that are None stand for the presets' values."""
+    names = ("budget", "clock", "steps", "size", "precision", "median", "min_component")
     return protocol.description | {
         **{name: getattr(options, name) for name in names},
         "slices": content_hash((protocol.train, protocol.test)),
         "detector": content_hash((type(detector).__name__, detector.get_params())),
+        "defaults": content_hash((PRESETS, inspect.getsource(sys.modules[type(detector).__module__]))),
         "version": __version__,
     }
 

@@ -41,8 +41,8 @@ class Conditions:
     budget_s : float or None
         Seconds to train, by ``clock``; None = by steps.
     steps : int or None
-        Of all networks of a method together (of AE and VAE at size small: a third, as of the size's own);
-        None = the number of steps or epochs that the size has for each.
+        Of all networks of a method together; None = the number of steps or epochs that the size has for
+        each.
     size : {"tiny", "small", "paper"}
         Of the networks: for tests, for two CPU cores, for a GPU.
     precision : str
@@ -143,8 +143,8 @@ def autoencoder(*, variational: bool) -> Method:
     def build(conditions: Conditions) -> AutoencoderResidual:
         trainer = conditions.trainer()
         if conditions.size == "small":
-            share = 1.0 if conditions.steps is None else conditions.steps / SMALL_STEPS
-            trainer.set_params(max_steps=max(round(share * BOTTLENECK_STEPS), 1))
+            steps = SMALL_STEPS if conditions.steps is None else conditions.steps
+            trainer.set_params(max_steps=min(steps, BOTTLENECK_STEPS))
         return AutoencoderResidual(variational=variational, trainer=trainer, **conditions.common)
 
     return build

@@ -13,6 +13,7 @@ restricted to the brain mask.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -32,6 +33,7 @@ from madad.datasets import (
     load_slices,
     make_brain_slices,
 )
+from madad.metrics import size_strata
 
 NPZ = {"s1": ("ixi_t1_2mm.npz", "brats_multicontrast.npz"), "s2": ("lgg_flair.npz",)}
 SPLITS = Path(__file__).parent / "splits"
@@ -71,11 +73,9 @@ class Protocol:
     @property
     def lesion_sizes(self) -> np.ndarray:
         """Class of each test slice by its lesion: none, small, medium or large (METHOD, section 4)."""
-        scale = (self.grid_px / 128) ** 2
-        pixels = self.test.lesion_masks.sum(axis=(1, 2))
-        return np.array(["none", "small", "medium", "large"])[
-            np.digitize(pixels, np.array([3, 71, 570]) * scale, right=True)
-        ]
+        masks = self.test.lesion_masks
+        uncropped = self.grid_px / math.sqrt(masks[0].size)
+        return size_strata(masks, reference_size=128 / uncropped)
 
 
 def load_protocol(

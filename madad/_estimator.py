@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Integral
 
 import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from madad._callbacks import CallbackSupport
 from madad._validation import SliceStack, as_numpy, check_slices
 
 
-class SliceEstimator(CallbackSupport, BaseEstimator):
+class SliceEstimator(BaseEstimator):
     """An estimator of slices.
 
-    A subclass has the parameters ``image_shape`` and ``intensity_range``.
+    A subclass has the parameters ``image_shape`` and ``intensity_range``, and may have ``batch_size``.
     """
 
     def __sklearn_tags__(self):
@@ -27,6 +27,7 @@ class SliceEstimator(CallbackSupport, BaseEstimator):
 
     def _check_fit_slices(self, X, brain_mask=None) -> SliceStack:
         """Validate training slices and remember their shape and scale."""
+        self._check_batch_size()
         X = self._check_rows(X, reset=True)
         stack = check_slices(
             X,
@@ -39,6 +40,11 @@ class SliceEstimator(CallbackSupport, BaseEstimator):
         self.intensity_range_ = stack.intensity_range
         return stack
 
+    def _check_batch_size(self) -> None:
+        size = getattr(self, "batch_size", None)
+        if size is not None and not (isinstance(size, Integral) and int(size) > 0):
+            raise ValueError(f"batch_size must be a whole number above 0 or None, got {size!r}. Use None.")
+
     def _check_rows(self, X, *, reset: bool) -> np.ndarray:
         """Give flat rows (and what is no array at all) to scikit-learn's own validation."""
         is_sparse = hasattr(X, "toarray")
@@ -50,6 +56,7 @@ class SliceEstimator(CallbackSupport, BaseEstimator):
     def _check_slices(self, X, brain_mask=None) -> SliceStack:
         """Validate slices for a fitted estimator."""
         check_is_fitted(self)
+        self._check_batch_size()
         X = self._check_rows(X, reset=False)
         flat_shape = self.image_shape_ if X.ndim == 2 and self.image_shape is not None else None
         in_data_units = self.intensity_range == "data"

@@ -13,7 +13,7 @@ from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from madad._callbacks import FitTask, with_callbacks
+from madad._callbacks import CallbackSupport, FitTask, with_callbacks
 from madad._estimator import SliceEstimator
 from madad._hashing import content_hash
 from madad._random import generator_from, hold_out, isolated_seed, spawn_seeds
@@ -42,7 +42,7 @@ AUTO_SIZES = (("fast-f2", 96), ("fast-f4", 160), ("fast-f8", math.inf))
 LATENT_STATISTICS = ("latent_shift_", "latent_scale_")
 
 
-class LatentAutoencoder(TransformerMixin, SliceEstimator):
+class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
     """KL autoencoder between slices and latents of unit variance.
 
     Parameters

@@ -13,7 +13,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_memory
 from torch import nn
 
-from madad._callbacks import FitTask, with_callbacks
+from madad._callbacks import CallbackSupport, FitTask, with_callbacks
 from madad._hashing import content_hash
 from madad._random import hold_out, spawn_seeds
 from madad._tensors import resolve_device
@@ -47,7 +47,7 @@ HOUSEKEEPING = (
 )
 
 
-class MaskedDiffusionAnomalyDetector(AnomalyMapDetector):
+class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     """Unsupervised anomaly detection in brain slices by masked latent diffusion (MAD-AD).
 
     ``fit`` sees healthy slices only. An autoencoder maps them to latents; random regions of the latents are
@@ -185,7 +185,7 @@ class MaskedDiffusionAnomalyDetector(AnomalyMapDetector):
     _saved_parts: ClassVar[dict[str, type]] = {"autoencoder_": LatentAutoencoder, "denoiser_": MaskedUNet}
     _saved_attributes = (
         *AnomalyMapDetector._saved_attributes,
-        *("history_", "preset_", "sampler_seed_", "n_timesteps_"),
+        *("history_", "preset_", "sampler_seed_", "n_timesteps_", "can_repaint_"),
     )
 
     def __init__(
@@ -283,7 +283,8 @@ class MaskedDiffusionAnomalyDetector(AnomalyMapDetector):
         -------
         self
         """
-        vars(self).pop("calibrated_with_", None)  # not fitted any more, until all is done
+        for name in ("calibrated_with_", "can_repaint_"):
+            vars(self).pop(name, None)  # not fitted any more, until all is done
         self.preset_ = choose_preset(self.preset, resolve_device(self.device))
         stack = self._check_fit_slices(X, brain_mask)
         self._check_fit_parameters(stack)
@@ -304,7 +305,7 @@ class MaskedDiffusionAnomalyDetector(AnomalyMapDetector):
             else:
                 self.autoencoder_ = self._train_autoencoder(inputs, autoencoder_seed)
             self.denoiser_, self.history_ = self._train_denoiser(inputs, denoiser_seed, stop)
-        self.n_timesteps_ = self._value_of("n_timesteps")
+        self.n_timesteps_, self.can_repaint_ = self._value_of("n_timesteps"), self._teaches_to_repaint()
         self._calibrate(stack, held_out)
         task.end_fit()
         return self
@@ -328,13 +329,17 @@ class MaskedDiffusionAnomalyDetector(AnomalyMapDetector):
 
     def _map_settings(self) -> dict:
         knobs = {name: self._value_of(name) for name in INFERENCE_KNOBS}
-        corruption = self._value_of("corruption")
-        if self.repaint is None and not erases(
-            CORRUPTIONS[corruption] if isinstance(corruption, str) else corruption
-        ):
+        can_repaint = getattr(self, "can_repaint_", None)
+        if can_repaint is None:
+            can_repaint = self._teaches_to_repaint()
+        if self.repaint is None and not can_repaint:
             knobs["repaint"] = 0.0
         check_inference_knobs(knobs)
         return knobs
+
+    def _teaches_to_repaint(self) -> bool:
+        corruption = self._value_of("corruption")
+        return erases(CORRUPTIONS[corruption] if isinstance(corruption, str) else corruption)
 
     def _without_effect(self, settings: dict) -> tuple[str, ...]:
         return () if settings["anomaly_map"] == "image" else IMAGE_MAP_KNOBS

@@ -1341,6 +1341,21 @@ def test_slices_in_a_file_never_come_into_memory_as_a_whole(tmp_path):
     assert float(done.stdout) < 0.4 * mebibytes, done.stdout
 
 
+def test_another_corruption_after_fit_teaches_a_fitted_network_nothing(healthy):
+    detector = strict_detector(corruption="gaussian").fit(healthy)
+    maps = detector.predict_maps(healthy)
+    for corruption in ("mixture", "of another name"):
+        np.testing.assert_array_equal(detector.set_params(corruption=corruption).predict_maps(healthy), maps)
+
+
+@pytest.mark.parametrize("size", [0, -4, 2.5, "8"])
+def test_a_batch_of_no_slices_is_refused_at_fit_and_later(healthy, size):
+    fitted = strict_detector().fit(healthy).set_params(batch_size=size)
+    for call in (fitted.predict_maps, fitted.fit):
+        with pytest.raises(ValueError, match=r"batch_size must be a whole number above 0 or None, got"):
+            call(healthy)
+
+
 @pytest.mark.parametrize(
     ("corruption", "repaint", "expected"),
     [(None, None, 0.3), ("gaussian", None, 0.0), (GaussianNoise(), None, 0.0), ("gaussian", 0.2, 0.2)],

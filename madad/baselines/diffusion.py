@@ -152,7 +152,9 @@ intensity_range, batch_size, device, random_state, verbose :
                 f"n_timesteps must be an integer of {LEAST_TIMESTEPS} or more, got {self.n_timesteps!r}. "
                 f"The paper's is 1000."
             )
-        _check_count("t_start", self.t_start, self.n_timesteps, "n_timesteps", "The paper's is 250 of 1000.")
+        is_fitted = self.__sklearn_is_fitted__()
+        longest = self.n_timesteps_ if is_fitted else self.n_timesteps
+        _check_count("t_start", self.t_start, longest, "n_timesteps", "The paper's is 250 of 1000.")
         _check_count("n_steps", self.n_steps, self.t_start, "t_start", "Take fewer steps.")
         if not isinstance(self.eta, Real) or not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie in 0..1, got {self.eta!r}. Use 1 for DDPM.")

@@ -86,9 +86,8 @@ class PatchFeatureDistance(Baseline):
     CVPR 2022, arXiv 2106.08265.
     """
 
-    _map_parameters = ("upscale",)
     _saved_parts: ClassVar[dict[str, type]] = {"prototypes_": np.ndarray}
-    _saved_attributes = (*Baseline._saved_attributes, "feature_scale_")
+    _saved_attributes = (*Baseline._saved_attributes, "feature_scale_", "upscale_")
 
     def __init__(
         self,
@@ -131,6 +130,7 @@ class PatchFeatureDistance(Baseline):
             raise ValueError(f"upscale must be 1, 2 or 4, got {self.upscale!r}. Use 2.")
 
     def _train(self, stack: SliceStack, groups: np.ndarray | None, seed: int) -> None:
+        self.upscale_ = self.upscale
         device, rng = resolve_device(self.device), np.random.default_rng(seed)
         quota = math.ceil(CANDIDATES_PER_PROTOTYPE * self.n_prototypes / (2 * len(stack)))
         candidates = []
@@ -161,8 +161,8 @@ class PatchFeatureDistance(Baseline):
     def _features(self, x: Tensor) -> np.ndarray:
         """Features of network images (n, C, H, W): (n, h, w, n_channels), float32."""
         padded = pad_with_background(x, MULTIPLE, -1.0)
-        if self.upscale > 1:
-            padded = F.interpolate(padded, scale_factor=float(self.upscale), mode="bilinear")
+        if self.upscale_ > 1:
+            padded = F.interpolate(padded, scale_factor=float(self.upscale_), mode="bilinear")
         grey = padded.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
         network = _network(str(x.device))
         with inference(network):
@@ -173,7 +173,7 @@ class PatchFeatureDistance(Baseline):
 
     def _positions(self, brain: np.ndarray) -> np.ndarray:
         """Positions with some brain: (n, H, W) -> (n, h, w), bool."""
-        width = STRIDE // self.upscale
+        width = STRIDE // self.upscale_
         padded = pad_with_background(torch.from_numpy(brain.astype(np.float32)), MULTIPLE, 0.0)
         return F.max_pool2d(padded, width).numpy() > 0
 
@@ -183,7 +183,7 @@ class PatchFeatureDistance(Baseline):
         pixels = []
         for values in (maps, inside.astype(np.float32)):
             grid = torch.from_numpy(values)[:, None]
-            stretched = F.interpolate(grid, scale_factor=STRIDE / self.upscale, mode="bilinear")
+            stretched = F.interpolate(grid, scale_factor=STRIDE / self.upscale_, mode="bilinear")
             pixels.append(stretched[:, 0, :height, :width].numpy())
         return pixels[0] / np.maximum(pixels[1], np.finfo(np.float32).eps)
 

@@ -74,9 +74,9 @@ class Trainer(BaseEstimator):
         Upper bound in seconds, those before an interruption included. The learning rate then decays with the
         time that has passed; results depend on the machine.
     clock : {"wall", "cpu"}
-        Which seconds ``max_time`` bounds: those of a clock on the wall, or those in which the process was at
-        work, all its threads together. Other jobs on a shared machine do not use up the latter, and nor
-        does the work of a GPU.
+        What ``max_time`` and ``checkpoint_every_s`` count and speeds are given in: seconds of a clock on the
+        wall, or those in which a CPU worked for the process, all its threads together. Other jobs on a shared
+        machine do not use up the latter, and a GPU's work hardly does: use it on CPUs.
     batch_size : int or None
         None = 32, or fewer where samples are large.
     learning_rate : float

@@ -428,3 +428,13 @@ def test_restored_slices_are_those_that_the_map_compares_with():
     restored, maps = estimator.restore(HEALTHY[:3]), estimator.predict_maps(HEALTHY[:3])
     assert restored.shape == (3, *HEALTHY.shape[1:]) and not restored[HEALTHY[:3] == 0].any()
     np.testing.assert_allclose(np.abs(restored - HEALTHY[:3]), maps, atol=1e-5)
+
+
+def test_after_fit_the_networks_own_number_of_times_counts():
+    estimator = tiny(PartialDiffusion).fit(HEALTHY)
+    maps = estimator.predict_maps(HEALTHY[:2])
+    n_timesteps = estimator.n_timesteps_
+    estimator.set_params(n_timesteps=10 * n_timesteps)
+    np.testing.assert_array_equal(estimator.predict_maps(HEALTHY[:2]), maps)
+    with pytest.raises(ValueError, match=f"t_start must be an integer in 1..{n_timesteps}, n_timesteps"):
+        estimator.set_params(t_start=n_timesteps + 1).predict_maps(HEALTHY[:2])

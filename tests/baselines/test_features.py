@@ -183,6 +183,12 @@ def test_a_missing_package_names_the_extra(monkeypatch, healthy):
         tiny_baseline().fit(healthy.images)
 
 
+def test_another_upscale_after_fit_changes_no_map(healthy, package):
+    baseline = tiny_baseline(upscale=1).fit(healthy.images)
+    maps = baseline.predict_maps(healthy.images[:2])
+    np.testing.assert_array_equal(baseline.set_params(upscale=4).predict_maps(healthy.images[:2]), maps)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("n_prototypes", 0), ("n_prototypes", 2.5), ("upscale", 3), ("smoothing_px", -1)]
 )

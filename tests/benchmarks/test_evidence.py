@@ -140,13 +140,21 @@ def test_the_table_is_what_was_printed(whole):
     table = (whole.out / "table.md").read_text()
     assert table in whole.printed and whole.printed.startswith('{"protocol": "s1"')
     head, rule, *rows = table.splitlines()
-    columns = "max Dice per image | max Dice pooled | calibrated Dice per image | AUPRC"
+    columns = (
+        "max Dice per image | max Dice pooled | calibrated Dice per image | AUPRC | MAD-AD's gain per image"
+    )
     assert head == f"| method | {columns} |"
-    assert head.count("|") == rule.count("|") == 6
+    assert head.count("|") == rule.count("|") == 7
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in NAMES]
     auprc = read(whole.out)["methods"]["AE"]["auprc"]
     low, high = auprc["ci95"]
-    assert rows[1].endswith(f"| {auprc['mean']:.3f} [{low:.3f}, {high:.3f}] |")
+    assert f"| {auprc['mean']:.3f} [{low:.3f}, {high:.3f}] |" in rows[1]
+    methods = read(whole.out)["methods"]
+    gains = np.array(methods["mad-ad"]["dice_of_each"]) - np.array(methods["AE"]["dice_of_each"])
+    assert methods["AE"]["ours_gains"]["mean"] == pytest.approx(gains.mean())
+    low, high = methods["AE"]["ours_gains"]["ci95"]
+    assert low <= gains.mean() <= high and rows[1].endswith(f"| {gains.mean():.3f} [{low:.3f}, {high:.3f}] |")
+    assert "ours_gains" not in methods["mad-ad"]
     for name in NAMES:
         for seed in (0, 1):
             assert f"{name}, seed {seed}: " in whole.printed

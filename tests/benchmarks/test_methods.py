@@ -126,8 +126,7 @@ def test_steps_are_the_same_for_all(table, name, size):
                 stage: {"max_steps": n} for stage, n in zip(("autoencoder", "denoiser"), split, strict=True)
             }
         elif stages:
-            capped = size == "small" and name in ("AE", "VAE")
-            assert stages == {"only": {"max_steps": max(round(steps / 3), 1) if capped else steps}}
+            assert stages == {"only": {"max_steps": steps}}
 
 
 def test_the_papers_method_keeps_the_papers_choices():
