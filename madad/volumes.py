@@ -25,8 +25,8 @@ class Component(NamedTuple):
     peak : float
         Largest value of the map, in 0..1.
     peak_mm, center_mm : tuple of 3 floats
-        Of the peak and of the centre of mass: world mm (right, front, up) of the grid that was mapped, which is
-        the template's where the volume was brought there.
+        Of the peak and of the centre of mass: world mm (right, front, up) of the grid that was mapped, which
+        is the template's where the volume was brought there.
     """
 
     label: int

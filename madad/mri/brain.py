@@ -146,7 +146,7 @@ def _deepbet():
     except ImportError as error:
         raise ImportError(
             "method must not be 'deepbet' without deepbet, got no deepbet. "
-            'Install it: pip install "madad[mri]".'
+            'Install it: pip install "madad[deepbet]".'
         ) from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit.load, which it calls

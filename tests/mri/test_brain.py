@@ -198,7 +198,7 @@ def test_missing_deepbet_names_the_extra(monkeypatch):
 
 
 def test_deepbet_that_sees_no_brain_is_no_crash(monkeypatch):
-    pytest.importorskip("deepbet", reason="needs the extra mri")
+    pytest.importorskip("deepbet", reason="needs the extra deepbet")
     model = brain_module._deepbet()
     for error in (AssertionError("Not enough foreground"), ValueError("argmax of an empty sequence")):
 
@@ -256,7 +256,7 @@ def test_template_reaches_the_labels_of_healthy_heads(data_dir, subject):
 
 
 def test_auto_takes_deepbet_for_a_head_and_reaches_its_labels(data_dir):
-    pytest.importorskip("deepbet", reason="needs the extra mri")
+    pytest.importorskip("deepbet", reason="needs the extra deepbet")
     values, affine, labels = healthy_head(data_dir, "IXI316-HH-1862")
     brain_module._deepbet.cache_clear()
     with warnings.catch_warnings():
