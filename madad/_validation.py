@@ -21,9 +21,11 @@ INTEGER_RANGES = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
 class SliceStack:
     """Slices and their brain masks, read by index as the networks want them.
 
+    A sample is a slice, or a volume, whose axial slices then follow one another.
+
     Attributes
     ----------
-    values : ndarray of shape (n, H, W), (n, C, H, W) or (n, n_features)
+    values : ndarray of shape (n, H, W), (n, C, H, W), (n, C, D, H, W) or (n, n_features)
         As the user gave them, possibly a memory map.
     image_shape : tuple (C, H, W)
     intensity_range : tuple (low, high)
@@ -31,7 +33,7 @@ class SliceStack:
     brain_mask : ndarray of bool with the axes of ``values`` without channels, or None
         None = where a value of any channel is above the low end of ``intensity_range``: the background.
     rows : ndarray of int or None
-        The samples of ``values`` that belong to this stack; None = all.
+        The slices of ``values`` that belong to this stack; None = all.
     """
 
     values: np.ndarray
@@ -41,7 +43,17 @@ class SliceStack:
     rows: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.values if self.rows is None else self.rows)
+        return len(self.values) * self.depth if self.rows is None else len(self.rows)
+
+    @property
+    def depth(self) -> int:
+        """Slices in a sample."""
+        return self.values.shape[2] if self.values.ndim == 5 else 1
+
+    @property
+    def samples(self) -> np.ndarray:
+        """Which sample each slice is of."""
+        return (np.arange(len(self)) if self.rows is None else self.rows) // self.depth
 
     @property
     def is_flat(self) -> bool:
@@ -49,12 +61,32 @@ class SliceStack:
         return self.values.ndim == 2
 
     def subset(self, rows: np.ndarray) -> SliceStack:
-        """Some of the samples, still unread."""
+        """Some of the slices, still unread."""
         return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
     def selected(self) -> np.ndarray:
-        """Its samples of ``values``."""
-        return self.values if self.rows is None else self.values[self.rows]
+        """Its slices of ``values``; all samples as they came where it has all."""
+        return self.values if self.rows is None else self._take(self.values, np.arange(len(self)))
+
+    def spread(self, groups) -> np.ndarray | None:
+        """Groups of samples as groups of slices; without any, the slices of a volume are one."""
+        if groups is None:
+            return self.samples if self.depth > 1 else None
+        groups = np.asarray(groups)
+        if self.depth > 1 and len(groups) != len(self.values):
+            raise ValueError(
+                f"groups must have one entry for each of {len(self.values)} volumes, got {len(groups)}. "
+                f"Give each volume's subject."
+            )
+        return groups[self.samples] if self.depth > 1 else groups
+
+    def rows_to_train_on(self, rows: np.ndarray) -> np.ndarray:
+        """Those of some slices that show brain, if they are of volumes; without any, all."""
+        if self.depth == 1:
+            return rows
+        chunks = [rows[start : start + ROWS_PER_CHECK] for start in range(0, len(rows), ROWS_PER_CHECK)]
+        useful = np.concatenate([self.brain(chunk).any(axis=(1, 2, 3)) for chunk in chunks])
+        return rows[useful] if useful.any() else rows
 
     def images(self, index) -> np.ndarray:
         """float32 (len(index), C, H, W) in 0..1, or beyond where the fitted range is exceeded."""
@@ -90,15 +122,21 @@ class SliceStack:
         return digest.hexdigest()
 
     def unfold(self, maps: np.ndarray) -> np.ndarray:
-        """Maps (n, H, W) in the layout the samples came in: flat rows for flat samples."""
+        """Maps (n, H, W) in the layout the samples came in: (n, D, H, W), or flat rows for flat samples."""
+        if self.values.ndim == 5:
+            return maps.reshape(-1, self.depth, *maps.shape[1:])
         if not self.is_flat:
             return maps
         n_pixels = math.ceil(self.values.shape[1] / self.image_shape[0])
         return maps.reshape(len(maps), -1)[:, :n_pixels]
 
     def _take(self, array: np.ndarray, index) -> np.ndarray:
-        index = np.asarray(index)
-        taken = np.asarray(array[index if self.rows is None else self.rows[index]])
+        index = np.asarray(index) if self.rows is None else self.rows[np.asarray(index)]
+        if self.values.ndim == 5:
+            sample, place = np.divmod(index, self.depth)
+            taken = array[sample, :, place] if array.ndim == 5 else array[sample, place]
+        else:
+            taken = np.asarray(array[index])
         _let_go(array)
         return taken
 
@@ -110,7 +148,7 @@ def check_slices(
 
     Parameters
     ----------
-    X : array-like or tensor of shape (n, H, W), (n, C, H, W) or (n, n_features)
+    X : array-like or tensor of shape (n, H, W), (n, C, H, W), (n, C, D, H, W) or (n, n_features)
         Rows of ``n_features`` numbers are folded by ``image_shape``, by the exact square root, or padded
         with background to the next square.
     image_shape : tuple (H, W) or (C, H, W), optional
@@ -129,11 +167,11 @@ def check_slices(
         If a shape, a value or the mask does not fit.
     """
     values = _as_array(X, input_name)
-    if values.ndim not in (2, 3, 4):
+    if values.ndim not in (2, 3, 4, 5):
         raise ValueError(
-            f"{input_name} must have shape (n_samples, height, width), (n_samples, channels, height, width) "
-            f"or (n_samples, n_features), got {values.shape}. Reshape your data either as slices or flat; "
-            f"a single slice needs X[None]; cut volumes into slices."
+            f"{input_name} must have shape (n_samples, height, width), (n_samples, channels, height, width), "
+            f"(n_samples, channels, depth, height, width) or (n_samples, n_features), got {values.shape}. "
+            f"Reshape your data either as slices, volumes or flat; a single slice needs X[None]."
         )
     if 0 in values.shape:
         raise ValueError(
@@ -204,7 +242,7 @@ def _image_shape(values: np.ndarray, image_shape, name: str) -> tuple[int, int, 
             f"got {image_shape!r}. Use None for data with image axes or square slices."
         )
     if values.ndim > 2:
-        found = _with_channels(values.shape[1:])
+        found = _with_channels(values.shape[1:2] + values.shape[-2:] if values.ndim > 3 else values.shape[1:])
         wanted = None if image_shape is None else _with_channels(image_shape)
         if wanted is not None and wanted != found:
             raise ValueError(
@@ -283,13 +321,16 @@ def _check_range(values: np.ndarray, intensity_range, name: str) -> None:
 def _check_brain_mask(brain_mask, values: np.ndarray, shape, name: str) -> np.ndarray:
     mask = as_numpy(brain_mask, "brain_mask")
     n, (_, height, width) = len(values), shape
-    expected = {2: (n, math.ceil(values.shape[1] / shape[0]))}.get(values.ndim, (n, height, width))
-    if mask.shape == (n, 1, height, width) and values.ndim == 4:
+    expected = {
+        2: (n, math.ceil(values.shape[1] / shape[0])),
+        5: (n, *values.shape[2:]),
+    }.get(values.ndim, (n, height, width))
+    if values.ndim > 3 and mask.shape == (n, 1, *expected[1:]):
         mask = mask[:, 0]
     if mask.shape != expected:
         raise ValueError(
             f"brain_mask must have shape {expected} to go with {name} of shape {values.shape}, "
-            f"got {mask.shape}. Give one mask per slice."
+            f"got {mask.shape}. Give one mask per sample."
         )
     if mask.dtype != bool and not all(np.isin(chunk, (0, 1)).all() for chunk in _chunks(mask)):
         raise ValueError(

@@ -189,6 +189,10 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         self
         """
         stack = self._check_fit_slices(X, brain_mask)
+        groups = stack.spread(groups)
+        shown = stack.rows_to_train_on(np.arange(len(stack)))
+        if len(shown) < len(stack):
+            stack, groups = stack.subset(shown), None if groups is None else groups[shown]
         return self.fit_stack(stack, groups)
 
     @with_callbacks

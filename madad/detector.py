@@ -15,7 +15,7 @@ from torch import nn
 
 from madad._callbacks import CallbackSupport, FitTask, with_callbacks
 from madad._hashing import content_hash
-from madad._random import hold_out, spawn_seeds
+from madad._random import spawn_seeds
 from madad._tensors import resolve_device
 from madad._validation import SliceStack
 from madad._version import __version__
@@ -145,7 +145,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     autoencoder_ : LatentAutoencoder
     denoiser_ : MaskedUNet
     calibration_rows_ : ndarray of int
-        The slices given to ``fit`` that were held out; not saved.
+        The samples given to ``fit`` that were held out; not saved.
     offset_ : float
         ``decision_function = score_samples - offset_``.
     map_threshold_ : float
@@ -271,13 +271,15 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
         Parameters
         ----------
-        X : array-like of shape (n, H, W), (n, C, H, W) or (n, n_features)
+        X : array-like of shape (n, H, W), (n, C, H, W), (n, C, D, H, W) or (n, n_features)
             Healthy slices, values in ``intensity_range``, background 0; arrays, tensors or memory maps.
+            Of five axes, a sample is a volume of D axial slices: those with brain are trained on, all of a
+            volume are held out or none, and it has one score.
         y : ignored
         brain_mask : array-like of bool, shape of ``X`` without channels, optional
             None = where ``X`` > 0.
         groups : array-like of shape (n,), optional
-            Subjects: all slices of one are held out for calibration, or none.
+            Subjects: all samples of one are held out for calibration, or none.
 
         Returns
         -------
@@ -289,9 +291,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         stack = self._check_fit_slices(X, brain_mask)
         self._check_fit_parameters(stack)
         split_seed, autoencoder_seed, denoiser_seed, self.sampler_seed_ = spawn_seeds(self.random_state, 4)
-        train, held_out = hold_out(len(stack), groups, self.calibration_fraction, split_seed)
-        self.calibration_rows_ = held_out
-        subjects = None if groups is None else np.asarray(groups)[train]
+        train, held_out, subjects = self._split(stack, groups, split_seed)
         shares = isinstance(self.autoencoder, FrozenEstimator)
         task = FitTask.of_fit(self, 1 if shares else 2, X=X, y=y)
 

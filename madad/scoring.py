@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from madad._estimator import SliceEstimator
-from madad._random import isolated_seed
+from madad._random import hold_out, isolated_seed
 from madad._tensors import state_from_numpy, state_to_numpy
 from madad._validation import SliceStack
 from madad.anomaly_map import healthy_threshold, pool_map
@@ -76,7 +76,7 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
 
         Returns
         -------
-        ndarray of shape (n, H, W), or (n, n_pixels) for flat rows
+        ndarray of shape (n, H, W); (n, D, H, W) for volumes, (n, n_pixels) for flat rows
         """
         stack = self._check_slices(X, brain_mask)
         maps = np.empty((len(stack), *self.image_shape_[1:]), np.float32)
@@ -91,7 +91,7 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         return self.predict_maps(X, brain_mask=brain_mask) >= np.float32(self.map_threshold_)
 
     def score_samples(self, X, *, brain_mask=None) -> np.ndarray:
-        """Score of each slice, (n,): higher = more normal; minus the pooled map."""
+        """Score of each sample, (n,): higher = more normal; minus the pooled map of the slice or volume."""
         stack = self._check_slices(X, brain_mask)
         return self._score_stack(stack)
 
@@ -102,7 +102,7 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         return self.score_samples(X, brain_mask=brain_mask) - self.offset_
 
     def predict(self, X, *, brain_mask=None) -> np.ndarray:
-        """+1 for normal slices, -1 for anomalous ones."""
+        """+1 for normal samples, -1 for anomalous ones."""
         return np.where(self.decision_function(X, brain_mask=brain_mask) < 0, -1, 1)
 
     def fit_predict(self, X, y=None, *, brain_mask=None, groups=None) -> np.ndarray:
@@ -145,14 +145,26 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
             joined[rows] = np.where(brain[:, None], np.clip((images + 1) / 2, 0, 1), 0)
         if stack.is_flat:
             return joined.reshape(len(joined), -1)[:, : self.n_features_in_]
-        return joined if stack.values.ndim == 4 else joined[:, 0]
+        if stack.values.ndim == 5:
+            joined = joined.reshape(-1, stack.depth, *joined.shape[1:]).swapaxes(1, 2)
+        return joined if stack.values.ndim > 3 else joined[:, 0]
+
+    def _split(
+        self, stack: SliceStack, groups, seed: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Slices to train on, slices held out for the thresholds, and the groups of the former."""
+        groups = stack.spread(groups)
+        train, held_out = hold_out(len(stack), groups, self.calibration_fraction, seed)
+        self.calibration_rows_ = np.unique(stack.samples[held_out])
+        train = stack.rows_to_train_on(train)
+        return train, held_out, None if groups is None else np.asarray(groups)[train]
 
     def _check_calibration(self, stack: SliceStack) -> None:
         """Refuse what no threshold can be set with, before anything is trained."""
-        if len(stack) < 2:
+        if len(stack.values) < 2:
             raise ValueError(
                 f"X must have at least 2 samples to train on some and calibrate on others, got "
-                f"n_samples = {len(stack)}. Add healthy slices."
+                f"n_samples = {len(stack.values)}. Add healthy ones."
             )
         is_share = isinstance(self.contamination, Real) and 0 < float(self.contamination) <= 0.5
         if self.contamination != "auto" and not is_share:
@@ -168,7 +180,7 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
     def _calibrate(self, stack: SliceStack, healthy: np.ndarray) -> None:
         """Both thresholds, from the maps of held-out healthy slices (DESIGN, decision 6)."""
         pooled, pixels = [], []
-        for _, maps, brain in self._map_batches(stack.subset(healthy)):
+        for maps, brain in self._map_samples(stack.subset(healthy)):
             pooled.append(pool_map(maps, brain))
             pixels.append(maps[brain])
         self.map_threshold_ = healthy_threshold(np.concatenate(pixels), self.pixel_specificity)
@@ -196,7 +208,18 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
             )
 
     def _score_stack(self, stack: SliceStack) -> np.ndarray:
-        return -np.concatenate([pool_map(maps, brain) for _, maps, brain in self._map_batches(stack)])
+        return -np.concatenate([pool_map(maps, brain) for maps, brain in self._map_samples(stack)])
+
+    def _map_samples(self, stack: SliceStack) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Maps and brain masks of whole samples: (n, H, W) of some slices, (1, D, H, W) of each volume."""
+        if stack.depth == 1:
+            yield from ((maps, brain) for _, maps, brain in self._map_batches(stack))
+            return
+        batches = self._map_batches(stack)
+        slices = (pair for _, maps, brain in batches for pair in zip(maps, brain, strict=True))
+        for _, n_slices in zip(*np.unique(stack.samples, return_counts=True), strict=True):
+            own = [next(slices) for _ in range(n_slices)]
+            yield np.stack([maps for maps, _ in own])[None], np.stack([brain for _, brain in own])[None]
 
     def __getstate__(self):
         """State that holds no device: the weights of networks as arrays."""

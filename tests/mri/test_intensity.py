@@ -1,7 +1,15 @@
+import sys
+
 import numpy as np
 import pytest
 
-from madad.mri.intensity import FOREGROUND_FLOOR, normalize_intensity
+from madad.mri.intensity import (
+    FOREGROUND_FLOOR,
+    brain_deciles,
+    correct_bias,
+    match_deciles,
+    normalize_intensity,
+)
 
 
 def tissue_slices(n_slices=3, seed=0):
@@ -102,3 +110,158 @@ def test_subject_without_brain_is_named():
     brain_masks[1] = False
     with pytest.raises(ValueError, match=r"brain_masks must have a brain pixel.*'IXI007'"):
         normalize_intensity(images, brain_masks, subjects=["IXI002", "IXI007", "IXI009"])
+
+
+def brain_volume(shape=(24, 28, 22), seed=0):
+    """Return two tissues with noise in a ball, and the ball."""
+    rng = np.random.default_rng(seed)
+    place = np.moveaxis(np.indices(shape), 0, -1) / (np.array(shape) - 1) - 0.5
+    brain_mask = np.linalg.norm(place, axis=-1) < 0.45
+    tissue = np.where(np.linalg.norm(place, axis=-1) < 0.3, 300.0, 200.0) + rng.normal(0, 4, shape)
+    return (tissue * brain_mask).astype(np.float32), brain_mask, place
+
+
+class TestCorrectBias:
+    @pytest.fixture(autouse=True)
+    def simpleitk(self):
+        return pytest.importorskip("SimpleITK", reason="needs the extra mri")
+
+    def test_planted_field_is_removed_and_the_unit_stays(self):
+        values, brain_mask, place = brain_volume()
+        field = np.exp(0.6 * place[..., 0] - 0.5 * place[..., 2])
+        corrected = correct_bias(values * field, np.diag([5, 5, 6, 1]), brain_mask)
+        assert corrected.dtype == np.float32
+        assert corrected.shape == values.shape
+
+        def unevenness(image):
+            return np.std(np.log(image[brain_mask] / values[brain_mask]))
+
+        assert unevenness(values * field) > 0.12
+        assert unevenness(corrected) < 0.04
+        log_ratio = np.log(corrected[brain_mask] / (values * field)[brain_mask])
+        assert log_ratio.mean() == pytest.approx(0, abs=1e-5)
+        np.testing.assert_array_equal(corrected == 0, values == 0)
+
+    def test_axes_do_not_change_places(self):
+        values, brain_mask, place = brain_volume()
+        field = np.exp(0.8 * place[..., 1])
+        corrected = correct_bias(values * field, np.diag([5, 5, 6, 1]), brain_mask)
+        divisor = (values * field)[brain_mask] / corrected[brain_mask]
+        assert np.corrcoef(divisor, field[brain_mask])[0, 1] > 0.95
+
+    def test_unit_does_not_matter_and_threads_do_not(self, simpleitk):
+        values, brain_mask, place = brain_volume()
+        values = values * np.exp(0.6 * place[..., 0])
+        once = correct_bias(values, np.diag([5, 5, 6, 1]), brain_mask)
+        np.testing.assert_allclose(
+            correct_bias(0.001 * values, np.diag([5, 5, 6, 1]), brain_mask), 0.001 * once, rtol=1e-3
+        )
+        threads = simpleitk.ProcessObject
+        before = threads.GetGlobalDefaultNumberOfThreads()
+        threads.SetGlobalDefaultNumberOfThreads(3)
+        try:
+            np.testing.assert_array_equal(correct_bias(values, np.diag([5, 5, 6, 1]), brain_mask), once)
+        finally:
+            threads.SetGlobalDefaultNumberOfThreads(before)
+
+    def test_grid_is_in_millimetres(self):
+        values, brain_mask, place = brain_volume()
+        values = values * np.exp(0.6 * place[..., 0])
+        every_voxel = correct_bias(values, np.diag([4, 4, 4, 1]), brain_mask)
+        every_second = correct_bias(values, np.diag([4, 4, 4, 1]), brain_mask, grid_mm=8)
+        smaller = correct_bias(values, np.diag([2, 2, 2, 1]), brain_mask)
+        np.testing.assert_allclose(smaller, every_second, rtol=1e-3)
+        assert np.abs(every_voxel - every_second).max() > 1
+        thick = correct_bias(values, np.diag([4, 4, 8, 1]), brain_mask, grid_mm=8)
+        assert np.abs(thick - every_second).max() > 1
+
+    def test_voxels_not_above_zero_do_not_spoil_the_field(self):
+        values, brain_mask, place = brain_volume()
+        values = values * np.exp(0.6 * place[..., 0])
+        holed = values.copy()
+        holed[::3, ::3, ::3] *= -1
+        holed[1::6, ::3, ::3] = 0
+        corrected = correct_bias(holed, np.diag([5, 5, 6, 1]), brain_mask)
+        assert np.isfinite(corrected).all()
+        np.testing.assert_array_equal(np.sign(corrected), np.sign(holed))
+        both = brain_mask & (holed > 0)
+        whole = correct_bias(values, np.diag([5, 5, 6, 1]), brain_mask)
+        assert np.std(np.log(corrected[both] / whole[both])) < 0.02
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"values": np.full((24, 28, 22), 3.0)}, ["values", "3 everywhere"]),
+            ({"values": brain_volume()[0] - 260}, ["values", "above 0", "%"]),
+            ({"affine": np.eye(3)}, ["affine", "(3, 3)"]),
+            ({"brain_mask": np.zeros((24, 28, 22))}, ["brain_mask", "none"]),
+            ({"grid_mm": 0}, ["grid_mm", "0"]),
+        ],
+    )
+    def test_bad_arguments_are_named(self, change, words):
+        values, brain_mask, _ = brain_volume()
+        with pytest.raises(ValueError) as error:
+            correct_bias(**({"values": values, "affine": np.eye(4), "brain_mask": brain_mask} | change))
+        assert all(word in str(error.value) for word in words)
+
+
+def test_bias_correction_without_simpleitk_names_the_extra(monkeypatch):
+    values, brain_mask, _ = brain_volume()
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    with pytest.raises(ImportError, match=r'SimpleITK.*pip install "madad\[mri\]"'):
+        correct_bias(values, np.eye(4), brain_mask)
+
+
+def test_matching_undoes_a_bend():
+    values, brain_mask, _ = brain_volume()
+    reference = brain_deciles(values, brain_mask)
+    bent = 5 * np.sqrt(values)
+    matched = match_deciles(bent, brain_mask, reference)
+    assert matched.dtype == np.float32
+    np.testing.assert_allclose(brain_deciles(matched, brain_mask), reference, rtol=1e-4)
+    middle = brain_mask & (values > reference[0]) & (values < reference[-1])
+    np.testing.assert_allclose(matched[middle], values[middle], rtol=0.02)
+    assert (matched[~brain_mask] == 0).all()
+
+
+def test_linear_change_is_undone_everywhere():
+    values, brain_mask, _ = brain_volume()
+    matched = match_deciles(3 * values + 40, brain_mask, brain_deciles(values, brain_mask))
+    np.testing.assert_allclose(matched[brain_mask], values[brain_mask], rtol=1e-4)
+
+
+def test_small_lesion_stays_bright():
+    values, brain_mask, _ = brain_volume()
+    lesion = np.zeros_like(brain_mask)
+    lesion[11:13, 13:15, 10:12] = True
+    lesioned = np.where(lesion, 900, values)
+    matched = match_deciles(lesioned, brain_mask, brain_deciles(values, brain_mask))
+    assert matched[lesion].min() > 850
+    healthy = brain_mask & ~lesion
+    np.testing.assert_allclose(matched[healthy], values[healthy], rtol=0.02)
+
+
+def test_few_grey_levels_can_be_matched():
+    values, brain_mask, _ = brain_volume()
+    coarse = np.round(values / 100)
+    matched = match_deciles(coarse, brain_mask, brain_deciles(values, brain_mask))
+    assert np.isfinite(matched).all()
+    assert matched[coarse == 3].min() > matched[(coarse == 2) & brain_mask].max()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reference": [1, 2, 3]}, ["reference", "[1.0, 2.0, 3.0]"]),
+        ({"reference": np.ones(9)}, ["reference", "rising"]),
+        ({"values": np.full((24, 28, 22), 7)}, ["values", "vary", "7"]),
+        ({"values": np.full((24, 28, 22), np.nan)}, ["values", "NaN"]),
+        ({"brain_mask": np.zeros((24, 28, 22))}, ["brain_mask", "none"]),
+    ],
+)
+def test_bad_arguments_of_matching_are_named(change, words):
+    values, brain_mask, _ = brain_volume()
+    arguments = {"values": values, "brain_mask": brain_mask, "reference": np.arange(9)}
+    with pytest.raises(ValueError) as error:
+        match_deciles(**(arguments | change))
+    assert all(word in str(error.value) for word in words)
