@@ -171,10 +171,11 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
             raise ValueError(
                 f"contamination must be 'auto' or in (0, 0.5], got {self.contamination!r}. Use 'auto'."
             )
-        for name in ("image_specificity", "pixel_specificity", "calibration_fraction"):
+        usual = {"image_specificity": 0.95, "pixel_specificity": 0.99, "calibration_fraction": 0.15}
+        for name, value in usual.items():
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(
-                    f"{name} must lie between 0 and 1, got {getattr(self, name)!r}. Use 0.95, 0.99 and 0.15."
+                    f"{name} must lie between 0 and 1, got {getattr(self, name)!r}. Use {value}."
                 )
 
     def _calibrate(self, stack: SliceStack, healthy: np.ndarray) -> None:

@@ -127,10 +127,10 @@ def test_before_fit_nothing_is_predicted_and_a_pickle_decides_as_before():
     ("parameters", "rows", "words"),
     [
         ({"contamination": 0.7}, 40, ["contamination must be 'auto' or in (0, 0.5]", "0.7", "Use 'auto'"]),
-        ({"image_specificity": 1.0}, 40, ["image_specificity must lie between 0 and 1", "1.0", "default"]),
-        ({"pixel_specificity": 0}, 40, ["pixel_specificity must lie between 0 and 1", "got 0", "default"]),
-        ({"calibration_fraction": -1}, 40, ["calibration_fraction must lie", "-1", "default"]),
-        ({}, 1, ["X must have at least 2 samples", "n_samples = 1", "Add healthy slices"]),
+        ({"image_specificity": 1.0}, 40, ["image_specificity must lie between 0 and 1", "1.0", "Use 0.95"]),
+        ({"pixel_specificity": 0}, 40, ["pixel_specificity must lie between 0 and 1", "got 0", "Use 0.99"]),
+        ({"calibration_fraction": -1}, 40, ["calibration_fraction must lie", "-1", "Use 0.15"]),
+        ({}, 1, ["X must have at least 2 samples", "n_samples = 1", "Add healthy ones"]),
     ],
 )
 def test_what_no_threshold_can_be_set_with_is_refused(parameters, rows, words):
