@@ -995,8 +995,8 @@ def test_an_unfitted_autoencoder_says_so(method):
 def test_bad_slices_are_refused_by_name(fitted):
     with pytest.raises(ValueError, match=r"X must lie in 0\.\.1, got values from 0 to 2"):
         fitted.transform(2 * SLICES / SLICES.max())
-    with pytest.raises(ValueError, match=r"X must have shape .*got \(1, 1, 24, 32, 32\)"):
-        fitted.transform(SLICES[None, None])
+    with pytest.raises(ValueError, match=r"X must have shape .*got \(1, 1, 1, 24, 32, 32\)"):
+        fitted.transform(SLICES[None, None, None])
     with pytest.raises(ValueError, match="Input X contains NaN"):
         fitted.transform(np.where(SLICES > 0.5, np.nan, SLICES))
     with pytest.raises(ValueError, match=r"brain_mask must have shape \(24, 32, 32\).*got \(24, 8, 8\)"):

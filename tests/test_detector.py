@@ -768,7 +768,7 @@ def with_value(value):
 
 
 BAD_INPUT = {
-    "volume": (np.zeros((2, 1, 4, 8, 8)), ValueError, r"X must have shape .* got \(2, 1, 4, 8, 8\)"),
+    "six axes": (np.zeros((2, 1, 1, 4, 8, 8)), ValueError, r"X must have shape .* got \(2, 1, 1, 4, 8, 8\)"),
     "NaN": (with_value(np.nan), ValueError, "X must be finite, got .*nan"),
     "infinity": (with_value(np.inf), ValueError, "X must be finite, got .*inf"),
     "too bright": (with_value(1.5), ValueError, r"X must lie in 0\.\.1, got values from 0 to 1\.5"),
@@ -793,7 +793,7 @@ def test_bad_input_raises(name):
         strict_detector().fit(X)
 
 
-@pytest.mark.parametrize("name", ["volume", "NaN", "too bright"])
+@pytest.mark.parametrize("name", ["six axes", "NaN", "too bright"])
 def test_bad_input_raises_in_prediction_too(name, fitted):
     X, error, message = BAD_INPUT[name]
     for method in (fitted.predict_maps, fitted.predict, fitted.restore):

@@ -248,7 +248,7 @@ def refused(error, match, X, **options):
         check_slices(X, **options)
 
 
-@pytest.mark.parametrize("shape", [(), (16,), (4, 4, 1, 4, 4)])
+@pytest.mark.parametrize("shape", [(), (16,), (4, 4, 1, 1, 4, 4)])
 def test_rank_must_fit(shape):
     refused(ValueError, rf"^X must have shape .*got \({', '.join(map(str, shape))},?\)", np.zeros(shape))
 

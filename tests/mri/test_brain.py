@@ -193,7 +193,7 @@ def test_command_that_is_missing_or_fails_is_named(tmp_path, monkeypatch, name):
 def test_missing_deepbet_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepbet", None)
     brain_module._deepbet.cache_clear()
-    with pytest.raises(ImportError, match=r'deepbet.*pip install "madad\[mri\]"'):
+    with pytest.raises(ImportError, match=r'deepbet.*pip install "madad\[deepbet\]"'):
         find_brain(stripped_brain(), AFFINE, method="deepbet")
 
 
