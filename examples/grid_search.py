@@ -27,7 +27,7 @@ from madad.datasets import make_brain_slices
 from madad.metrics import max_dice_scorer
 
 GAMMA, LAMBDA, RATIO = "gamma", "mask_loss_weight", "mask_ratio"
-GRID = {GAMMA: [0.1, 0.2, 0.4, 0.8], LAMBDA: [0.001, 1.0, 10.0], RATIO: [0.1, 0.2, 0.4]}
+GRID = {GAMMA: [0.1, 0.2, 0.4, 0.8], LAMBDA: [0.01, 0.1, 1.0], RATIO: [0.1, 0.2, 0.4]}
 QUICK_GRID = {GAMMA: [0.2, 0.4], LAMBDA: [0.001, 1.0], RATIO: [0.2, 0.6]}
 
 
