@@ -13,11 +13,7 @@ from sklearn.utils import Bunch
 from threadpoolctl import threadpool_limits
 
 from madad.datasets.slices import Grid, check_range_is_known, scale_slices
-
-MIN_BACKGROUND = 0.4
-"""Least share of voxels at 0 in a skull-stripped volume; a brain fills about half of its bounding box."""
-MAX_BRAIN_LITRES = 2.5
-"""Largest volume above 0 that can be a brain alone; a head has more than 3 litres."""
+from madad.mri.brain import is_stripped
 
 
 @dataclass(frozen=True)
@@ -254,7 +250,7 @@ def _brain_of_stripped(image, scan):
     brain, n_negative = image.values > 0, np.count_nonzero(image.values < 0)
     litres = np.count_nonzero(brain) * image.voxel_mm.prod() / 1e6
     background = 1 - brain.mean()
-    if background < MIN_BACKGROUND or litres > MAX_BRAIN_LITRES or n_negative > 0.1 * brain.sum():
+    if not is_stripped(image.values, np.diag([*image.voxel_mm, 1.0])):
         raise ValueError(
             f"brain_mask must be given unless the image is skull-stripped, got None for {_name(scan)}, whose "
             f"image is above 0 in {litres:.2f} litres, below 0 in {n_negative} voxels and has "
