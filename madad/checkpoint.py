@@ -20,11 +20,20 @@ from sklearn.base import BaseEstimator
 FORMAT = "madad"
 FORMAT_VERSION = 1
 CONFIG, CALIBRATION = "config.json", "calibration.json"
+CARD, README = "card.json", "README.md"
 
 Tensors = dict[str, np.ndarray]
 
 
-def write_model(path, config: dict, calibration: dict, tensors: Mapping[str, Tensors]) -> None:
+def write_model(
+    path,
+    config: dict,
+    calibration: dict | None,
+    tensors: Mapping[str, Tensors],
+    *,
+    card: dict | None = None,
+    readme: str | None = None,
+) -> None:
     """Write a model directory.
 
     Parameters
@@ -33,10 +42,14 @@ def write_model(path, config: dict, calibration: dict, tensors: Mapping[str, Ten
         A new directory, or one that holds a model already, which is replaced.
     config : dict
         What the model is, ready for JSON; the format's name and number are added.
-    calibration : dict
-        Thresholds, ready for JSON.
+    calibration : dict or None
+        Thresholds, ready for JSON. None = a network alone has none, and no such file.
     tensors : dict of dict of ndarray
         One ``<name>.safetensors`` each.
+    card : dict or None
+        How its images were made, ready for JSON.
+    readme : str or None
+        What people read.
 
     Raises
     ------
@@ -57,10 +70,16 @@ def write_model(path, config: dict, calibration: dict, tensors: Mapping[str, Ten
         new.mkdir()
         header = {"format": FORMAT, "format_version": FORMAT_VERSION}
         _write_json(new / CONFIG, header | config)
-        _write_json(new / CALIBRATION, calibration)
+        if calibration is not None:
+            _write_json(new / CALIBRATION, calibration)
+        if card is not None:
+            _write_json(new / CARD, card)
+        if readme is not None:
+            (new / README).write_text(readme, encoding="utf-8")
         for name, arrays in tensors.items():
             contiguous = {key: np.asarray(value, order="C") for key, value in arrays.items()}
             save_file(contiguous, new / f"{name}.safetensors")
+            shutil.copymode(new / CONFIG, new / f"{name}.safetensors")  # safetensors lets nobody else read it
         old = scratch / "old"
         if path.exists():
             path.rename(old)
@@ -94,6 +113,13 @@ def read_model(path, names: tuple[str, ...]) -> tuple[dict, dict, dict[str, Tens
         If a file is damaged, of a newer format, or no model of ours.
     """
     path = Path(path)
+    config, calibration = read_config(path), _read_json(path / CALIBRATION)
+    return config, calibration, {name: _read_tensors(path / f"{name}.safetensors") for name in names}
+
+
+def read_config(path) -> dict:
+    """Read what a model is. Parameters and errors as `read_model`; no other file is looked at."""
+    path = Path(path)
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(
             f"path must be a model directory with {CONFIG}, got {path}. Give what save() was given."
@@ -110,8 +136,12 @@ def read_model(path, names: tuple[str, ...]) -> tuple[dict, dict, dict[str, Tens
             f"format_version must be at most {FORMAT_VERSION}, got {version!r} in {path / CONFIG}. "
             f"Upgrade madad."
         )
-    calibration = _read_json(path / CALIBRATION)
-    return config, calibration, {name: _read_tensors(path / f"{name}.safetensors") for name in names}
+    return config
+
+
+def read_card(path) -> dict:
+    """Read how a model's images were made. Errors as `read_model`."""
+    return _read_json(Path(path) / CARD)
 
 
 def to_json(value: Any) -> Any:
@@ -179,7 +209,8 @@ def _replaceable(path: Path) -> bool:
     entries = {entry.name for entry in path.iterdir()}
     if not entries:
         return True
-    foreign = {name for name in entries - {CONFIG, CALIBRATION} if not name.endswith(".safetensors")}
+    ours = {CONFIG, CALIBRATION, CARD, README}
+    foreign = {name for name in entries - ours if not name.endswith(".safetensors")}
     try:
         return not foreign and _read_json(path / CONFIG).get("format") == FORMAT
     except (FileNotFoundError, ValueError):

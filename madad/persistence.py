@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -13,12 +14,23 @@ from madad._random import isolated_seed
 from madad._tensors import state_from_numpy, state_to_numpy
 from madad.augmentation import SliceAugmentation
 from madad.autoencoding import LATENT_STATISTICS, LatentAutoencoder
-from madad.checkpoint import from_json, read_model, to_json, write_model
+from madad.checkpoint import (
+    CONFIG,
+    from_json,
+    read_card,
+    read_config,
+    read_model,
+    refuse_foreign,
+    to_json,
+    write_model,
+)
 from madad.diffusion import ErasedLatents, ForeignLatents, GaussianNoise, Mixture, SmoothOffset
+from madad.model_card import ModelCard
 from madad.nn import AutoencoderConfig, AutoencoderKL, MaskedUNet, UNetConfig
 from madad.training import Trainer
 
 FITTED_AUTOENCODER = ("n_features_in_", "image_shape_", "intensity_range_", "history_")
+HEALTHY = "healthy"
 CALIBRATED = ("offset_", "map_threshold_", "calibrated_with_")
 NOT_SAVED = {"memory": None, "device": "auto", "verbose": False}
 NOT_SAVED_OF_TRAINER = {"checkpoint_dir": None, "callbacks": ()}
@@ -38,10 +50,15 @@ SAVED_CLASSES: dict[str, type] = {
     )
 }
 SAVED_CLASSES["FrozenEstimator"] = FrozenEstimator
+# Of directories with a network alone, what to do with them.
+NETWORK_USES = {
+    "AutoencoderKL": "autoencoder=LatentAutoencoder(init=path)",
+    "MaskedUNet": "denoiser=madad.pretrained.load_unet(path)",
+}
 
 
-def save_detector(detector: Any, path) -> None:
-    """Write a fitted `madad.scoring.AnomalyMapDetector`; see its ``save``."""
+def save_detector(detector: Any, path, card: ModelCard | None = None) -> None:
+    """Write a fitted `madad.scoring.AnomalyMapDetector` and its card; see its ``save``."""
     parts = {
         name: _describe(name.rstrip("_"), getattr(detector, name), kind)
         for name, kind in detector._saved_parts.items()
@@ -53,14 +70,46 @@ def save_detector(detector: Any, path) -> None:
     }
     config |= {name.rstrip("_"): description for name, (description, _) in parts.items()}
     calibration = {name: to_json(getattr(detector, name)) for name in CALIBRATED}
-    write_model(path, config, calibration, {name.rstrip("_"): arrays for name, (_, arrays) in parts.items()})
+    tensors = {name.rstrip("_"): arrays for name, (_, arrays) in parts.items()}
+    card = ModelCard() if card is None else card
+    if card.healthy:
+        tensors[HEALTHY] = card.to_tensors()
+    readme = card.to_markdown(Path(path).name, _facts(detector))
+    write_model(path, config, calibration, tensors, card=card.to_json(), readme=readme)
+
+
+def load_card(path) -> ModelCard:
+    """Read the card beside a saved detector.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If it is missing, as of models of earlier versions, or damaged.
+    """
+    content = read_card(path)
+    has_healthy = (Path(path) / f"{HEALTHY}.safetensors").is_file()
+    tensors = read_model(path, (HEALTHY,))[2][HEALTHY] if has_healthy else None
+    return ModelCard.from_json(content, tensors)
+
+
+def _facts(detector: Any) -> dict:
+    """What a card says of the model itself."""
+    names = ("preset_", "image_shape_", "intensity_range_", "map_threshold_", "offset_")
+    known = {name.rstrip("_"): getattr(detector, name) for name in names if hasattr(detector, name)}
+    return {"class": type(detector).__name__} | known
 
 
 def load_detector(cls: Any, path) -> Any:
     """Read what `save_detector` wrote; see the detector's ``load``."""
+    found = read_config(path).get("class")
+    if found in list(NETWORK_USES):
+        raise ValueError(
+            f"{path} must hold a {cls.__name__}, got a network alone, {found!r}. Fit a detector with it: "
+            f"{NETWORK_USES[found]}."
+        )
+    if found != cls.__name__:
+        raise ValueError(f"{path} must hold a {cls.__name__}, got {found!r}. Load it as that.")
     config, calibration, tensors = read_model(path, tuple(name.rstrip("_") for name in cls._saved_parts))
-    if config.get("class") != cls.__name__:
-        raise ValueError(f"{path} must hold a {cls.__name__}, got {config.get('class')!r}. Load it as that.")
     try:
         with isolated_seed(0):  # building a network draws weights
             return _from_parts(cls, config, calibration, tensors)
@@ -69,6 +118,44 @@ def load_detector(cls: Any, path) -> Any:
             f"{path} must hold the config and tensors that save() wrote, got parts that do not fit "
             f"({type(error).__name__}: {shorten(str(error), 400)}). Save the model again."
         ) from error
+
+
+def save_network(network: AutoencoderKL | MaskedUNet, path) -> None:
+    """Write a network alone, for `madad.pretrained.load_autoencoder` or `madad.pretrained.load_unet`.
+
+    Parameters
+    ----------
+    network : AutoencoderKL or MaskedUNet
+        Its weights come back bit by bit.
+    path : path-like
+        A new directory, an empty one, or one with such a network already, which is replaced.
+
+    Raises
+    ------
+    FileExistsError
+        If something else is at ``path``, a detector too.
+    TypeError
+        If it is another network.
+    """
+    kind = type(network).__name__
+    if type(network) not in (AutoencoderKL, MaskedUNet):
+        raise TypeError(f"network must be one of {sorted(NETWORK_USES)}, got {kind}. Save its state_dict.")
+    check_network_path(path)
+    name, description = "denoiser", to_json(network.config)
+    if isinstance(network, AutoencoderKL):
+        name, description = "autoencoder", {"network": description}
+    write_model(path, {"class": kind, name: description}, None, {name: state_to_numpy(network)})
+
+
+def check_network_path(path) -> None:
+    """Raise FileExistsError if `save_network` may not write to ``path``."""
+    path = Path(path)
+    refuse_foreign(path)
+    if (path / CONFIG).is_file() and (found := read_config(path).get("class")) not in list(NETWORK_USES):
+        raise FileExistsError(
+            f"path must be new, empty or hold a network alone, got {path} with a {found!r}. "
+            f"Choose another directory."
+        )
 
 
 def _from_parts(cls: Any, config: dict, calibration: dict, tensors: dict) -> Any:

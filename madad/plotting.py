@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
 
@@ -58,6 +59,90 @@ def summary_figure(
         axis.set_yticks([])
     figure.colorbar(coloured, ax=axes[:, 2], orientation="horizontal", shrink=0.9, aspect=25, pad=0.01)
     return save_figure(figure, Path(path))
+
+
+def volume_figure(
+    path,
+    *,
+    image,
+    anomaly_map,
+    affine: np.ndarray,
+    threshold: float,
+    lesion_mask=None,
+    title: str | None = None,
+) -> Path:
+    """Draw a scan and its anomaly map in the scan's own space, cut where the lesion or the map is largest.
+
+    Parameters
+    ----------
+    path : path-like
+        PNG to write; it appears whole or not at all.
+    image, anomaly_map : ndarray of shape (X, Y, Z)
+        On the canonical grid.
+    affine : ndarray of shape (4, 4)
+        Voxel indices to world mm.
+    threshold : float
+        The map is shown from here on.
+    lesion_mask : ndarray of shape (X, Y, Z), optional
+        Outlined.
+    title : str, optional
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ImportError
+        If matplotlib or nilearn is not installed (extra ``plot``).
+    """
+    plt = require_matplotlib()
+    plotting = _require_nilearn()
+    scan, colours = (nib.Nifti1Image(np.asarray(one, np.float32), affine) for one in (image, anomaly_map))
+    has_lesion = lesion_mask is not None and np.any(lesion_mask)
+    cuts = _cuts(lesion_mask if has_lesion else np.asarray(anomaly_map) >= threshold, affine)
+    figure, axes = plt.subplots(2, 1, figsize=(8.4, 6.2))
+    bright = float(np.quantile(image, 0.999)) or 1.0
+    grey = {"cut_coords": cuts, "black_bg": True, "draw_cross": False, "annotate": False}
+    shown = [
+        plotting.plot_anat(scan, axes=axes[0], title=title, vmin=0.0, vmax=bright, **grey),
+        plotting.plot_stat_map(
+            colours,
+            bg_img=scan,
+            axes=axes[1],
+            threshold=threshold,
+            cmap="inferno",
+            vmin=0.0,
+            symmetric_cbar=False,
+            **grey,
+        ),
+    ]
+    if has_lesion:
+        outline = nib.Nifti1Image(np.asarray(lesion_mask, np.float32), affine)
+        for one in shown:
+            one.add_contours(outline, levels=[0.5], colors="cyan", linewidths=0.8)
+    return save_figure(figure, Path(path))
+
+
+def _cuts(region: np.ndarray, affine: np.ndarray) -> tuple[float, float, float]:
+    """World mm through which most of a region is seen in each plane; the middle if it is empty."""
+    if not np.any(region):
+        places = [(n - 1) / 2 for n in np.shape(region)]
+    else:
+        others = ((1, 2), (0, 2), (0, 1))
+        places = [float(np.argmax(np.sum(region, axis=axes))) for axes in others]
+    x, y, z = affine[:3, :3] @ places + affine[:3, 3]
+    return float(x), float(y), float(z)
+
+
+def _require_nilearn():
+    try:
+        from nilearn import plotting
+    except ImportError as error:
+        raise ImportError(
+            'nilearn must be installed to draw volumes, got no such package. Run: pip install "madad[plot]"'
+        ) from error
+    return plotting
 
 
 def require_matplotlib():

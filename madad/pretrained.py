@@ -1,4 +1,4 @@
-"""Weights that others published, read into our networks: strictly, by name, without running their code."""
+"""Weights as networks, others' and our own: read strictly, by name, without running any code in them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ WEIGHT_FILES = (
     "model.ckpt",
 )
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-SAVED_WEIGHTS = "autoencoder.safetensors"  # in a directory that madad saved
+SAVED_WEIGHTS = {"autoencoder": "autoencoder.safetensors", "denoiser": "denoiser.safetensors"}  # of madad
 # Whole names: the hub's patterns let * match slashes, and a pipeline's other networks are large.
 HUB_WEIGHTS = (
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
     "vae/diffusion_pytorch_model.safetensors",
-    SAVED_WEIGHTS,
+    SAVED_WEIGHTS["autoencoder"],
 )
 HUB_CONFIGS = ("config.json", "vae/config.json")
 
@@ -46,6 +46,9 @@ _HUB_ID = r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?"
 _STEM = "encoder.conv_in.weight"  # in both foreign layouts
 _COMPVIS, _DIFFUSERS = "encoder.down.0.block.0.", "encoder.down_blocks.0.resnets.0."
 _TRAINING_ONLY = ("loss.", "model_ema.")
+# What tells the two kinds of network apart, by how a name ends and by whole names.
+_OF_AUTOENCODERS = (_STEM, "encoder.stem.conv.weight")
+_OF_UNETS = {"input_blocks.0.0.weight", "noise_head.conv.weight"}
 
 # The weights that see image channels, and on which axis.
 _READ_IMAGE = {"encoder.stem.conv.weight": 1, "to_latent.weight": 1}
@@ -64,6 +67,77 @@ _RESIDUAL = {
     "out_layers.3": "conv2",
     "skip_connection": "shortcut",
 }
+
+
+def kind_of_weights(source, *, hub_cache=None) -> str:
+    """Which of our two networks a file or directory holds, told by the names of its tensors.
+
+    Parameters
+    ----------
+    source, hub_cache
+        As in `load_autoencoder` and `load_unet`.
+
+    Returns
+    -------
+    {"autoencoder", "denoiser"}
+        What `load_autoencoder` or `load_unet` reads. Nothing is said of the weights' number and shape.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError, OSError, ImportError
+        As `load_autoencoder`; ValueError also if it holds neither, or both as a saved detector does.
+    """
+    path = _local_path(source, hub_cache)
+    if is_saved(path):
+        kinds = [kind for kind, name in SAVED_WEIGHTS.items() if (path / name).is_file()]
+        found = sorted(entry.name for entry in path.iterdir())
+    else:
+        names = {name.removeprefix("module.") for name in read_weights(path)}
+        kinds = ["autoencoder"] if any(name.endswith(_OF_AUTOENCODERS) for name in names) else []
+        kinds += ["denoiser"] if names & _OF_UNETS else []
+        found = sorted(names)[:5]
+    if len(kinds) != 1:
+        raise ValueError(
+            f"source must hold either an autoencoder or a denoiser, got {path} with "
+            f"{' and '.join(kinds) or 'neither'} ({found}). Say which is meant, or check the file."
+        )
+    return kinds[0]
+
+
+def is_saved(path) -> bool:
+    """Whether a path is a directory that madad wrote: a detector's, or one with a network alone."""
+    return _read_config(Path(path) / "config.json").get("format") == "madad"
+
+
+def load_unet(source, *, n_heads: int | None = None) -> MaskedUNet:
+    """A masked U-Net from a directory of ours or from the original's weights.
+
+    Parameters
+    ----------
+    source : path-like
+        A directory written by a detector's ``save`` or by ``madad convert``, the ``denoiser.safetensors`` in
+        it, or what `load_original_unet` reads.
+    n_heads : int or None
+        As in `load_original_unet`. Directories of ours tell it themselves.
+
+    Returns
+    -------
+    MaskedUNet
+        In evaluation mode, on the CPU. `madad.MaskedDiffusionAnomalyDetector` takes it as ``denoiser``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `load_original_unet`, or if the directory holds no such network, or one with other ``n_heads``.
+    """
+    network = _load_saved(Path(source), "denoiser", MaskedUNet, UNetConfig)
+    if network is None:
+        return load_original_unet(source, n_heads=n_heads)
+    if n_heads not in (None, network.config.n_heads):
+        raise ValueError(
+            f"n_heads must be the saved network's {network.config.n_heads}, got {n_heads}. Leave it out."
+        )
+    return network
 
 
 def load_original_unet(path, *, n_heads: int | None = None) -> MaskedUNet:
@@ -87,7 +161,7 @@ def load_original_unet(path, *, n_heads: int | None = None) -> MaskedUNet:
     FileNotFoundError, ValueError
         If there is no such file, it is damaged, or names are missing or unknown (all are listed).
     """
-    tensors = _without_prefix(_read(path), "module.")
+    tensors = _without_prefix(read_weights(path), "module.")
     _require(tensors, "input_blocks.0.0.weight", path)
     base, latent_channels = tensors["input_blocks.0.0.weight"].shape[:2]
     widths, n_res_blocks, attention_levels = _original_levels(tensors, path)
@@ -118,9 +192,10 @@ def load_autoencoder(source, *, image_channels: int | None = None, hub_cache=Non
     ----------
     source : path-like or str
         What `load_compvis_autoencoder` or `load_diffusers_autoencoder` reads, also as a whole pickled module
-        such as the original MAD-AD repository's; a directory written by a detector's ``save``; or, where no
-        such path exists, a repository on the Hugging Face hub, ``"owner/name"`` or
-        ``"owner/name@revision"``, of which only safetensors weights and their config are downloaded.
+        such as the original MAD-AD repository's; a directory written by a detector's ``save`` or by
+        ``madad convert``; or, where no such path exists, a repository on the Hugging Face hub,
+        ``"owner/name"`` or ``"owner/name@revision"``, of which only safetensors weights and their config are
+        downloaded.
     image_channels : int or None
         What the network is brought to by `to_image_channels`. None = as published.
     hub_cache : path-like or None
@@ -141,9 +216,9 @@ def load_autoencoder(source, *, image_channels: int | None = None, hub_cache=Non
         If the repository's name is given and huggingface_hub is not installed.
     """
     path = _local_path(source, hub_cache)
-    network = _load_saved(path)
+    network = _load_saved(path, "autoencoder", AutoencoderKL, AutoencoderConfig)
     if network is None:
-        tensors = _autoencoder_part(_read(path))
+        tensors = _autoencoder_part(read_weights(path))
         if any(name.startswith(_COMPVIS) for name in tensors):
             network = _from_compvis(tensors, path)
         elif any(name.startswith(_DIFFUSERS) for name in tensors):
@@ -216,7 +291,7 @@ def load_compvis_autoencoder(path) -> AutoencoderKL:
     latent-diffusion checkpoint only ``first_stage_model.*`` is read; what only training needs, ``loss.*`` and
     ``model_ema.*``, is ignored. Parameters, returns and errors as `load_original_unet`.
     """
-    return _from_compvis(_autoencoder_part(_read(path)), path)
+    return _from_compvis(_autoencoder_part(read_weights(path)), path)
 
 
 def load_diffusers_autoencoder(path) -> AutoencoderKL:
@@ -225,7 +300,30 @@ def load_diffusers_autoencoder(path) -> AutoencoderKL:
     Accepts the weight file, or a directory with it (``vae/`` inside is found too); a ``config.json`` beside
     it is checked against what the weights say. Parameters, returns and errors as `load_original_unet`.
     """
-    return _from_diffusers(_autoencoder_part(_read(path)), path)
+    return _from_diffusers(_autoencoder_part(read_weights(path)), path)
+
+
+def read_weights(path) -> dict[str, Tensor]:
+    """Named tensors of a weight file, or of the one in a directory: as stored, whatever the network.
+
+    Parameters and errors as `load_original_unet`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _weight_file_in(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"path must name a weight file or a directory with one, got {path}. Check the path."
+        )
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} must be a safetensors file, got one that cannot be read ({error}). "
+                f"Download it again."
+            ) from error
+    return read_pickled_tensors(path)
 
 
 def _from_compvis(tensors: dict[str, Tensor], path) -> AutoencoderKL:
@@ -314,24 +412,28 @@ def _autoencoder_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in part.items() if not name.startswith(_TRAINING_ONLY)}
 
 
-def _load_saved(path: Path) -> AutoencoderKL | None:
-    """The autoencoder in a directory that a detector's ``save`` wrote; None if it is no such directory."""
-    folder = path.parent if path.name == SAVED_WEIGHTS else path
-    config = _read_config(folder / "config.json")
-    if config.get("format") != "madad":
+def _load_saved(path: Path, part: str, kind: type[Network], config_class: type) -> Network | None:
+    """One network of a directory that madad wrote; None if it is no such directory."""
+    folder = path.parent if path.name == SAVED_WEIGHTS[part] else path
+    if not is_saved(folder):
         return None
-    tensors = _read(folder / SAVED_WEIGHTS)
-    weights = {name: value for name, value in tensors.items() if not name.startswith("latent_")}
+    config, file = _read_config(folder / "config.json"), folder / SAVED_WEIGHTS[part]
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"source must hold {file.name}, got {folder}, a saved {config.get('class')} with "
+            f"{sorted(entry.name for entry in folder.iterdir())}. Check which network is meant."
+        )
+    weights = {name: value for name, value in read_weights(file).items() if not name.startswith("latent_")}
     try:
-        fields = config["autoencoder"]["network"]["fields"]
+        description = config[part]["network"] if part == "autoencoder" else config[part]
         plain: dict[str, Any] = {
             key: tuple(value["__tuple__"]) if isinstance(value, dict) else value
-            for key, value in fields.items()
+            for key, value in description["fields"].items()
         }
-        return _fill(_build(AutoencoderKL, AutoencoderConfig(**plain)), weights, folder)
+        return _fill(_build(kind, config_class(**plain)), weights, folder)
     except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"{folder / 'config.json'} must describe the autoencoder beside it, got what cannot be read "
+            f"{folder / 'config.json'} must describe the {part} beside it, got what cannot be read "
             f"({type(error).__name__}: {error}). Upgrade madad, or save the model again."
         ) from error
 
@@ -460,26 +562,6 @@ def _download(repository: str, revision: str | None, hub_cache) -> Path:
             f"Download its weight file and pass the path."
         )
     return Path(copy)
-
-
-def _read(path) -> dict[str, Tensor]:
-    """Named tensors of a weight file, or of the one in a directory."""
-    path = Path(path)
-    if path.is_dir():
-        path = _weight_file_in(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"path must name a weight file or a directory with one, got {path}. Check the path."
-        )
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} must be a safetensors file, got one that cannot be read ({error}). "
-                f"Download it again."
-            ) from error
-    return read_pickled_tensors(path)
 
 
 def _weight_file_in(directory: Path) -> Path:

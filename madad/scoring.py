@@ -18,6 +18,7 @@ from madad._random import hold_out, isolated_seed
 from madad._tensors import state_from_numpy, state_to_numpy
 from madad._validation import SliceStack
 from madad.anomaly_map import healthy_threshold, pool_map
+from madad.model_card import ModelCard
 from madad.nn import MaskedUNet
 from madad.persistence import load_detector, save_detector
 
@@ -109,9 +110,10 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         """`fit`, then `predict` of the same slices."""
         return self.fit(X, y, brain_mask=brain_mask, groups=groups).predict(X, brain_mask=brain_mask)
 
-    def save(self, path) -> None:
+    def save(self, path, *, card: ModelCard | None = None) -> None:
         """Write the fitted detector to a directory: JSON and safetensors, no pickle, no device.
 
+        ``card`` says how its images were made, where that is known; ``README.md`` beside the model shows it.
         ``memory``, a `RandomState` and the device are not saved; an own ``nn.Module`` as denoiser cannot
         be (pickle the estimator with joblib then).
 
@@ -123,7 +125,7 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
             If a parameter is of a kind that a file cannot hold.
         """
         check_is_fitted(self)
-        save_detector(self, path)
+        save_detector(self, path, card)
 
     @classmethod
     def load(cls, path) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ import numpy as np
 from scipy import ndimage
 
 from madad.anomaly_map import pool_map
+from madad.mri.geometry import SliceGeometry
+from madad.mri.nifti import check_same_grid
 from madad.mri.preprocessing import PreprocessedVolume
 from madad.mri.slices import VolumeSlicer
 
@@ -51,6 +54,7 @@ class VolumePrediction:
     score : float
         Higher = more normal, as `score_samples`: minus the mean of the largest 1 % of the map.
     preprocessed : PreprocessedVolume
+        Of several contrasts the first.
     """
 
     anomaly_map: np.ndarray
@@ -66,7 +70,7 @@ class VolumePrediction:
 
 def predict_volume(
     detector: Any,
-    preprocessed: PreprocessedVolume,
+    preprocessed: PreprocessedVolume | Sequence[PreprocessedVolume],
     slicer: VolumeSlicer,
     *,
     threshold: float | None = None,
@@ -80,7 +84,9 @@ def predict_volume(
     ----------
     detector : fitted detector
         With ``predict_maps`` and, unless a threshold is given, ``map_threshold_``.
-    preprocessed : PreprocessedVolume
+    preprocessed : PreprocessedVolume or sequence of PreprocessedVolume
+        A volume, or the contrasts that are the detector's channels, on one grid and in the order of training
+        (`VolumePreprocessor.preprocess_contrasts`).
     slicer : VolumeSlicer
         Fitted; how the slices were cut that the detector was trained on.
     threshold : float or None
@@ -109,7 +115,9 @@ def predict_volume(
     for name, value in (("smoothing_mm", smoothing_mm), ("min_volume_ml", min_volume_ml)):
         if not 0 <= value < np.inf:
             raise ValueError(f"{name} must be finite and 0 or more, got {value!r}. 0 switches it off.")
-    images, masks, geometry = slicer.slices_of(preprocessed.volume, preprocessed.brain_mask)
+    channels = [preprocessed] if isinstance(preprocessed, PreprocessedVolume) else list(preprocessed)
+    preprocessed = channels[0]
+    images, masks, geometry = slices_of_contrasts(slicer, channels)
     maps = np.asarray(detector.predict_maps(images, brain_mask=masks), np.float32)
     if median_slices > 1:
         maps = ndimage.median_filter(maps, (median_slices, 1, 1), mode="nearest")
@@ -125,6 +133,40 @@ def predict_volume(
     flat = (1, -1, maps.shape[-1])
     score = -float(pool_map(maps.reshape(flat), masks.reshape(flat))[0])
     return VolumePrediction(anomaly_map, labels, components, score, preprocessed)
+
+
+def slices_of_contrasts(
+    slicer: VolumeSlicer, preprocessed: Sequence[PreprocessedVolume]
+) -> tuple[np.ndarray, np.ndarray, SliceGeometry]:
+    """Cut the contrasts of one subject into slices for a detector.
+
+    Parameters
+    ----------
+    slicer : VolumeSlicer
+        Fitted.
+    preprocessed : sequence of PreprocessedVolume
+        On one grid.
+
+    Returns
+    -------
+    images : ndarray of shape (n, H, W), or (n, C, H, W) of several contrasts; float32
+    brain_masks : ndarray of shape (n, H, W), bool
+        Of the first contrast.
+    geometry : SliceGeometry
+
+    Raises
+    ------
+    ValueError
+        As `VolumeSlicer.slices_of`, or if the contrasts are not on one grid.
+    """
+    first = preprocessed[0]
+    for other in preprocessed[1:]:
+        check_same_grid(first.volume, other.volume)
+    images, masks, geometry = slicer.slices_of(first.volume, first.brain_mask)
+    if len(preprocessed) == 1:
+        return images, masks, geometry
+    others = [geometry.to_slices(other.volume.values, first.brain_mask) for other in preprocessed[1:]]
+    return np.stack([images, *others], axis=1), masks, geometry
 
 
 def find_components(

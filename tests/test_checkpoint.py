@@ -10,7 +10,16 @@ from safetensors.numpy import load_file
 
 import madad.checkpoint
 from madad.autoencoding import LatentAutoencoder
-from madad.checkpoint import CALIBRATION, CONFIG, FORMAT_VERSION, from_json, read_model, to_json, write_model
+from madad.checkpoint import (
+    CALIBRATION,
+    CONFIG,
+    FORMAT_VERSION,
+    from_json,
+    read_config,
+    read_model,
+    to_json,
+    write_model,
+)
 from madad.diffusion import ErasedLatents, ForeignLatents, GaussianNoise, Mixture, SmoothOffset
 from madad.nn import AutoencoderConfig
 from madad.training import Trainer
@@ -159,6 +168,28 @@ def test_a_model_is_these_files_and_nothing_else(model, tmp_path):
         f"model/{name}" for name in (CONFIG, CALIBRATION, "first.safetensors", "second.safetensors")
     }
     assert set(load_file(model / "first.safetensors")) == {"w", "count", "none"}
+
+
+def test_a_network_alone_has_no_calibration(tmp_path):
+    write_model(tmp_path / "model", {"class": "Network"}, None, TENSORS)
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        CONFIG,
+        "first.safetensors",
+        "second.safetensors",
+    }
+    assert read_config(tmp_path / "model")["class"] == "Network"
+    with pytest.raises(FileNotFoundError, match="calibration.json must exist, got no such file"):
+        read_model(tmp_path / "model", ("first",))
+    write_model(tmp_path / "model", {}, {"threshold": 0.5}, TENSORS)
+    assert read_model(tmp_path / "model", ("first",))[1] == {"threshold": 0.5}
+    write_model(tmp_path / "model", {}, None, TENSORS)
+    assert not (tmp_path / "model" / CALIBRATION).exists()
+
+
+def test_what_a_model_is_is_read_without_its_other_files(model):
+    for path in model.iterdir():
+        path.unlink() if path.name != CONFIG else None
+    assert read_config(str(model)) == {"format": "madad", "format_version": FORMAT_VERSION, "a": 1}
 
 
 def test_folders_on_the_way_are_made_and_empty_ones_used(tmp_path):

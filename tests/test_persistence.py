@@ -10,6 +10,9 @@ from torch import nn
 
 from madad import MaskedDiffusionAnomalyDetector, SliceAugmentation
 from madad.diffusion import ForeignLatents, Mixture, SmoothOffset
+from madad.nn import AUTOENCODER_SIZES, UNET_SIZES, AutoencoderKL, MaskedUNet
+from madad.persistence import save_network
+from madad.pretrained import load_autoencoder, load_unet
 from madad.testing import tiny_autoencoder, tiny_detector
 from madad.training import Trainer
 
@@ -133,3 +136,74 @@ def test_a_loaded_detector_can_be_saved_and_fitted_again(saved, tmp_path):
         MaskedDiffusionAnomalyDetector.load(tmp_path / "once more").predict_maps(X), maps
     )
     assert loaded.fit(X).predict_maps(X).shape == maps.shape
+
+
+# A network alone
+
+
+NETWORKS = {
+    "autoencoder": (
+        AutoencoderKL,
+        AUTOENCODER_SIZES["tiny"],
+        load_autoencoder,
+        r"autoencoder=LatentAutoencoder\(init=path\)",
+    ),
+    "denoiser": (MaskedUNet, UNET_SIZES["tiny"], load_unet, r"denoiser=madad.pretrained.load_unet\(path\)"),
+}
+all_networks = pytest.mark.parametrize("part", NETWORKS)
+
+
+@all_networks
+def test_a_network_comes_back_bit_by_bit(part, tmp_path):
+    kind, config, load, _ = NETWORKS[part]
+    network = kind(config)
+    save_network(network, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", f"{part}.safetensors"}
+    for source in (tmp_path / "out", tmp_path / "out" / f"{part}.safetensors"):
+        found = load(source)
+        assert type(found) is kind and found.config == config and not found.training
+        torch.testing.assert_close(found.state_dict(), network.state_dict(), rtol=0, atol=0)
+
+
+@all_networks
+def test_a_network_alone_is_no_detector_and_says_how_it_is_used(part, tmp_path):
+    kind, config, _, use = NETWORKS[part]
+    save_network(kind(config), tmp_path / "out")
+    message = f"out must hold a Masked.*got a network alone, '{kind.__name__}'. Fit a detector with it: {use}"
+    with pytest.raises(ValueError, match=message):
+        MaskedDiffusionAnomalyDetector.load(tmp_path / "out")
+
+
+@all_networks
+def test_a_network_replaces_networks_only(part, saved, tmp_path):
+    kind, config, _, _ = NETWORKS[part]
+    for part_before in NETWORKS:
+        save_network(NETWORKS[part_before][0](NETWORKS[part_before][1]), tmp_path / "out")
+        save_network(kind(config), tmp_path / "out")
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", f"{part}.safetensors"}
+    message = (
+        "path must be new, empty or hold a network alone, got .* with a 'MaskedDiffusionAnomalyDetector'"
+    )
+    with pytest.raises(FileExistsError, match=message):
+        save_network(kind(config), saved)
+    MaskedDiffusionAnomalyDetector.load(saved)
+
+
+def test_other_networks_are_not_saved(tmp_path):
+    class Mine(MaskedUNet):
+        pass
+
+    for network in (nn.Linear(1, 1), Mine(UNET_SIZES["tiny"])):
+        with pytest.raises(TypeError, match="network must be one of .*'MaskedUNet'.*, got (Linear|Mine)"):
+            save_network(network, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [["AutoencoderKL"], None, {}, 3])
+def test_a_damaged_class_is_one_clear_error(saved, wrong):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"class": wrong}))
+    with pytest.raises(ValueError, match="model must hold a MaskedDiffusionAnomalyDetector, got "):
+        MaskedDiffusionAnomalyDetector.load(saved)
+    with pytest.raises(FileExistsError):
+        save_network(MaskedUNet(UNET_SIZES["tiny"]), saved)

@@ -17,10 +17,14 @@ from torch import nn
 from madad.diffusion import MaskedDDIM, NoiseSchedule, masked_diffusion_loss
 from madad.nn import AutoencoderConfig, AutoencoderKL
 from madad.pretrained import (
+    is_saved,
+    kind_of_weights,
     load_autoencoder,
     load_compvis_autoencoder,
     load_diffusers_autoencoder,
     load_original_unet,
+    load_unet,
+    read_weights,
     to_image_channels,
 )
 from madad.testing import tiny_detector
@@ -542,6 +546,101 @@ def test_autoencoder_of_a_saved_detector(saved):
         load_autoencoder(path / "denoiser.safetensors")
 
 
+def test_unet_of_a_saved_detector(saved):
+    detector, path = saved
+    for source in (path, str(path), path / "denoiser.safetensors"):
+        network = load_unet(source)
+        assert network.config == detector.denoiser_.config and not network.training
+        torch.testing.assert_close(network.state_dict(), detector.denoiser_.state_dict(), rtol=0, atol=0)
+    assert load_unet(path, n_heads=detector.denoiser_.config.n_heads).config == detector.denoiser_.config
+    with pytest.raises(ValueError, match="n_heads must be the saved network's 2, got 8. Leave it out"):
+        load_unet(path, n_heads=8)
+
+
+@pytest.mark.parametrize("n_heads", [None, 2])
+def test_unets_of_others_are_read_by_the_same_function(tmp_path, n_heads):
+    save_file(original_unet_weights(), tmp_path / "a.safetensors")
+    found, expected = (
+        load(tmp_path / "a.safetensors", n_heads=n_heads) for load in (load_unet, load_original_unet)
+    )
+    assert found.config == expected.config
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    with pytest.raises(FileNotFoundError, match="path must name a weight file or a directory .*nowhere"):
+        load_unet(tmp_path / "nowhere")
+
+
+def test_a_saved_directory_without_the_network_that_is_wanted(saved, tmp_path):
+    (tmp_path / "config.json").write_text('{"format": "madad", "class": "Some"}')
+    for load, name in ((load_autoencoder, "autoencoder"), (load_unet, "denoiser")):
+        message = (
+            rf"source must hold {name}.safetensors, got .*, a saved Some with \['config.json'\]. Check which"
+        )
+        with pytest.raises(FileNotFoundError, match=message):
+            load(tmp_path)
+
+
+def test_what_madad_saved_is_told_from_what_it_did_not(saved, tmp_path):
+    assert is_saved(saved[1]) and is_saved(str(saved[1]))
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    for path in (tmp_path, tmp_path / "config.json", tmp_path / "nowhere"):
+        assert not is_saved(path)
+
+
+KINDS = {
+    "original": ("denoiser", lambda: original_unet_weights()),
+    "distributed": ("denoiser", lambda: {f"module.{k}": v for k, v in original_unet_weights().items()}),
+    "compvis": ("autoencoder", lambda: compvis_weights()),
+    "diffusers": ("autoencoder", lambda: in_diffusers_layout(compvis_weights())),
+    "latent diffusion": (
+        "autoencoder",
+        lambda: wrapped(
+            "first_stage_model.", compvis_weights(), ["model.diffusion_model.input_blocks.0.0.weight"]
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_kinds_are_told_by_the_names_of_the_weights(tmp_path, name, suffix):
+    kind, weights = KINDS[name]
+    path = tmp_path / f"a{suffix}"
+    save_file(weights(), path) if suffix == ".safetensors" else torch.save(dict(weights()), path)
+    assert kind_of_weights(path) == kind_of_weights(str(tmp_path)) == kind
+
+
+def test_kinds_of_saved_networks(saved, tmp_path):
+    _, path = saved
+    for kind in ("autoencoder", "denoiser"):
+        assert kind_of_weights(path / f"{kind}.safetensors") == kind
+        folder = tmp_path / kind
+        folder.mkdir()
+        for name in ("config.json", f"{kind}.safetensors"):
+            (folder / name).symlink_to(path / name)
+        assert kind_of_weights(folder) == kind
+    message = r"source must hold either .*model with autoencoder and denoiser \(\[.*'config.json'.*Say which"
+    with pytest.raises(ValueError, match=message):
+        kind_of_weights(path)
+
+
+def test_weights_of_no_kind(tmp_path):
+    save_file({"b.weight": torch.zeros(1), "a.weight": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"with neither \(\['a.weight', 'b.weight'\]\)"):
+        kind_of_weights(tmp_path)
+    with pytest.raises(FileNotFoundError, match="source must name a weight file.*'nowhere'"):
+        kind_of_weights("nowhere")
+
+
+def test_weights_are_read_as_they_are_stored(tmp_path):
+    weights = {"a": torch.arange(3, dtype=torch.float16), "b.c": torch.zeros(0, dtype=torch.int64)}
+    save_file(weights, tmp_path / "a.safetensors")
+    found = read_weights(tmp_path)
+    assert {name: value.dtype for name, value in found.items()} == {
+        name: value.dtype for name, value in weights.items()
+    }
+    torch.testing.assert_close(found, weights, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -633,6 +732,12 @@ def test_repositories_are_downloaded(hub, tmp_path, revision):
     assert all(
         pattern.endswith(("config.json", ".safetensors")) and "*" not in pattern for pattern in patterns
     )
+
+
+def test_the_kind_of_a_repositorys_weights(hub, tmp_path):
+    write_pipeline(compvis_weights(), hub.snapshot)
+    assert kind_of_weights("some-body/kl_f8", hub_cache=tmp_path) == "autoencoder"
+    assert hub.calls[0][1]["cache_dir"] == tmp_path
 
 
 def test_existing_paths_come_before_repositories(hub, tmp_path):

@@ -1,5 +1,6 @@
 """Slices to train and to test on: generated ones, and readers of real ones."""
 
+from madad.datasets.inputs import find_scans, scan_name
 from madad.datasets.layouts import find_atlas, find_bids, find_brats, find_ixi
 from madad.datasets.png import load_png_slices
 from madad.datasets.scans import Scan, load_scans
@@ -13,8 +14,10 @@ __all__ = [
     "find_bids",
     "find_brats",
     "find_ixi",
+    "find_scans",
     "load_png_slices",
     "load_scans",
     "load_slices",
     "make_brain_slices",
+    "scan_name",
 ]

@@ -198,6 +198,8 @@ def _mask_role(entities, suffix):
     if suffix not in ("mask", "roi"):
         return None
     label, desc = entities.get("label", ""), entities.get("desc", "")
+    if desc == "madad":  # a prediction is no truth
+        return None
     if label == "L" or "lesion" in f"{label} {desc}".lower():
         return "lesion_mask"
     return "brain_mask" if "brain" in (label, desc) else None

@@ -2,6 +2,7 @@
 
 from madad.mri.brain import find_brain
 from madad.mri.geometry import SliceGeometry
+from madad.mri.healthy import HealthyIntensities
 from madad.mri.intensity import correct_bias, normalize_intensity
 from madad.mri.nifti import Volume, check_same_grid, read_volume, same_grid, write_like
 from madad.mri.preprocessing import PreprocessedVolume, VolumePreprocessor
@@ -10,6 +11,7 @@ from madad.mri.slices import VolumeSlicer
 
 __all__ = [
     "AffineRegistration",
+    "HealthyIntensities",
     "PreprocessedVolume",
     "SliceGeometry",
     "Volume",

@@ -9,8 +9,11 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from madad.mri.brain import find_brain
 from madad.mri.grids import check_brain_mask, resample_mask, resample_to
 from madad.mri.intensity import correct_bias, normalize_intensity
-from madad.mri.nifti import Volume, check_same_grid, read_volume
-from madad.mri.registration import AffineRegistration, mni_template, register_affine
+from madad.mri.nifti import Volume, check_same_grid, read_volume, same_grid
+from madad.mri.registration import AffineRegistration, Template, mni_template, register_affine
+
+MIN_COVERED = 0.8
+"""Least share of the first contrast's brain that each other contrast must show."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,27 +164,40 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         ValueError
             If a file cannot be read, the mask is not on the volume's grid, or there is no brain.
         """
-        source = read_volume(volume)
-        given = None if brain_mask is None else _mask_on(source, brain_mask)
-        brain, made_by = find_brain(
-            source.values, source.affine, given=given, method="auto" if given is not None else self.brain
-        )
-        values = source.values
-        if self.bias_field:
-            values = correct_bias(values, source.affine, brain)
-        if not self.template:
-            scaled = self._scaled(values, brain, source.name)
-            return PreprocessedVolume(replace(source, values=scaled), source, made_by, None)
-        registration = register_affine(values, source.affine, brain)
-        template = mni_template()
-        shape, affine, matrix = template.values.shape, template.affine, registration.matrix
-        inside = resample_mask(brain, source.affine, shape, affine, matrix)
-        moved = resample_to(np.where(brain, values, 0), source.affine, shape, affine, matrix)
-        share = resample_to(brain.astype(np.float32), source.affine, shape, affine, matrix)
-        moved = moved / np.maximum(share, 0.5)  # at the border a mean of brain alone
-        scaled = self._scaled(moved, inside, source.name)
-        on_template = read_volume(nib.Nifti1Image(scaled, affine))
-        return PreprocessedVolume(on_template, source, made_by, registration)
+        return self.preprocess_contrasts([volume], brain_mask)[0]
+
+    def preprocess_contrasts(self, volumes, brain_mask=None):
+        """Preprocess the contrasts of one subject so that they can be the channels of one image.
+
+        Parameters
+        ----------
+        volumes : list of str, os.PathLike, nibabel image or Volume
+            T1, T2, FLAIR, ... of one person and visit.
+        brain_mask : as in `preprocess`
+            Of the first volume.
+
+        Returns
+        -------
+        list of PreprocessedVolume
+            All on the grid and with the brain mask of the first.
+
+        Raises
+        ------
+        ImportError, ValueError
+            As `preprocess`, for any of them; or if a volume shows less than four fifths of the brain.
+
+        Notes
+        -----
+        A volume on the grid of the first takes its brain mask and its place in the template. One on another
+        grid, as scanners make them, is registered to the first, by an affine map and brain to brain.
+        """
+        first, *others = [read_volume(volume) for volume in volumes]
+        given = None if brain_mask is None else _mask_on(first, brain_mask)
+        brain, made_by = self._brain_of(first, given)
+        values = self._corrected(first, brain)
+        registration = register_affine(values, first.affine, brain) if self.template else None
+        place = self._place(first, values, brain, made_by, registration)
+        return [place, *(self._beside(place, first, brain, other) for other in others)]
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -189,6 +205,54 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         tags.no_validation = True  # samples are files or images, which are checked as they are read
         tags.requires_fit = False
         return tags
+
+    def _brain_of(self, source, given=None):
+        method = "auto" if given is not None else self.brain
+        return find_brain(source.values, source.affine, given=given, method=method)
+
+    def _corrected(self, source, brain):
+        return correct_bias(source.values, source.affine, brain) if self.bias_field else source.values
+
+    def _place(self, source, values, brain, made_by, registration):
+        """A volume with its brain mask on the template's grid, or on its own without a registration."""
+        if registration is None:
+            scaled = self._scaled(values, brain, source.name)
+            return PreprocessedVolume(replace(source, values=scaled), source, made_by, None)
+        template = mni_template()
+        shape, affine, matrix = template.values.shape, template.affine, registration.matrix
+        inside = resample_mask(brain, source.affine, shape, affine, matrix)
+        moved = resample_to(np.where(brain, values, 0), source.affine, shape, affine, matrix)
+        share = resample_to(brain.astype(np.float32), source.affine, shape, affine, matrix)
+        moved = moved / np.maximum(share, 0.5)  # at the border a mean of brain alone
+        on_template = read_volume(nib.Nifti1Image(self._scaled(moved, inside, source.name), affine))
+        return PreprocessedVolume(on_template, source, made_by, registration)
+
+    def _beside(self, place, first, brain, other):
+        """Another contrast of the subject, on the grid that the first was brought to."""
+        if same_grid(first, other):
+            values = self._corrected(other, brain)
+            return self._place(other, values, brain, place.brain_made_by, place.registration)
+        own_brain, made_by = self._brain_of(other)
+        values = self._corrected(other, own_brain)
+        to_first = register_affine(
+            values, other.affine, own_brain, template=Template(first.values, brain, first.affine)
+        )
+        matrix = (
+            to_first.matrix if place.registration is None else place.registration.matrix @ to_first.matrix
+        )
+        grid, inside = place.volume, place.brain_mask
+        moved = resample_to(values, other.affine, grid.shape, grid.affine, matrix)
+        seen = resample_mask(np.ones(other.shape, bool), other.affine, grid.shape, grid.affine, matrix)
+        covered = np.count_nonzero(seen & inside) / np.count_nonzero(inside)
+        if covered < MIN_COVERED:
+            raise ValueError(
+                f"volumes must show {MIN_COVERED:.0%} of the brain, got {covered:.0%} in {other.name}. "
+                "Leave this contrast out."
+            )
+        scaled = self._scaled(moved, inside, other.name)
+        return PreprocessedVolume(
+            replace(grid, values=scaled), other, made_by, replace(to_first, matrix=matrix)
+        )
 
     def _scaled(self, values, brain, name):
         if self.center is None:

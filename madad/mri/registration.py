@@ -17,6 +17,8 @@ from madad.mri.grids import (
     to_isotropic,
 )
 
+TEMPLATE_SPACE = "MNI152NLin2009aSym"
+"""What BIDS calls the space of `mni_template`."""
 MIN_OVERLAP = 0.92
 """Least Dice overlap of a registered brain with the template's; good ones have 0.95 or more."""
 MIN_SIMILARITY = 0.05

@@ -1,17 +1,9 @@
-"""The ``madad`` command: parse, call, write."""
+"""``madad demo``: from data to a table, a picture and a saved model."""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
-import sys
-import time
-from collections.abc import Sequence
-from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from sklearn.frozen import FrozenEstimator
@@ -23,7 +15,9 @@ from madad.anomaly_map import pool_map
 from madad.autoencoding import LatentAutoencoder
 from madad.baselines import TAILS, AutoencoderResidual, IntensityThreshold
 from madad.checkpoint import refuse_foreign
-from madad.datasets import crop_to_brain, load_slices, make_brain_slices
+from madad.cli._output import table, timed, write_csv
+from madad.datasets import load_slices, make_brain_slices
+from madad.derivatives import write_json
 from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.metrics import evaluate_maps
 from madad.plotting import require_matplotlib, summary_figure
@@ -35,22 +29,8 @@ DEMO_STEPS = (200, 1200)  # of the autoencoder and of the denoiser
 COLUMNS = ("auprc", "auroc", "max_dice_per_image", "max_dice_pooled", "calibrated_dice")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 0, or 2 for what the user can mend."""
-    options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"madad: error: {error}", file=sys.stderr)
-        return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="madad", description="Anomaly detection in brain MRI, trained on healthy slices."
-    )
-    parser.add_argument("--version", action="version", version=f"madad {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add ``demo`` and its arguments."""
     demo = commands.add_parser(
         "demo",
         help="train on healthy slices, find lesions in others, compare with two baselines",
@@ -67,73 +47,16 @@ def _parser() -> argparse.ArgumentParser:
         "--max-time", type=float, help="seconds for each training stage, instead of the preset's"
     )
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
-    demo.set_defaults(run=run_demo)
-    info = commands.add_parser(
-        "info",
-        help="what a saved model is, and how well its autoencoder does",
-        description="Shape, sizes, training and thresholds of a saved model. With --data, the quality of its "
-        "autoencoder on the healthy slices of a file.",
-    )
-    info.add_argument("model", type=Path, help="directory that save() wrote")
-    info.add_argument("--data", type=Path, help="an .npz file of slices; those with a lesion are left out")
-    info.add_argument("--image", default="image", help="name of the image array in the .npz file")
-    info.add_argument("--center", default="median", help="scale of a subject: median or mode of the brain")
-    info.add_argument("--json", action="store_true", help="print JSON")
-    info.set_defaults(run=run_info)
-    return parser
+    demo.set_defaults(run=run)
 
 
-def run_info(options: argparse.Namespace) -> int:
-    """``madad info``: print what a saved model is."""
-    detector = MaskedDiffusionAnomalyDetector.load(options.model)
-    autoencoder = detector.autoencoder_
-    channels, height, width = detector.image_shape_
-    facts: dict[str, Any] = {
-        "preset": detector.preset_,
-        "slices": f"{channels} x {height} x {width}",
-        "latents": " x ".join(map(str, autoencoder.latent_shape_)),
-        "map_threshold": detector.map_threshold_,
-        "offset": detector.offset_,
-    }
-    for stage, network, history in (
-        ("autoencoder", autoencoder.network_, autoencoder.history_),
-        ("denoiser", detector.denoiser_, detector.history_),
-    ):
-        last = {name: value for name, value in history[-1].items() if isinstance(value, Real)}
-        facts[stage] = {"parameters": sum(p.numel() for p in network.parameters()), **last}
-    if options.data is not None:
-        slices = _healthy_slices(options, (height, width))
-        facts["quality"] = autoencoder.score_report(slices.images, brain_mask=slices.brain_masks)
-        facts["quality"]["n_slices"] = len(slices.images)
-    print(json.dumps(facts, indent=2) if options.json else _listing(facts))
-    return 0
-
-
-def _healthy_slices(options: argparse.Namespace, shape: tuple[int, int]) -> Bunch:
-    """The slices of a file without a lesion, on the model's grid."""
-    data = load_slices(options.data, image=options.image, size=max(shape), center=options.center)
-    data = crop_to_brain(data, shape) if shape[0] != shape[1] else data
-    return _rows(data, np.flatnonzero(data.lesion_masks.sum(axis=(1, 2)) == 0))
-
-
-def _listing(facts: dict, indent: str = "") -> str:
-    lines = []
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{name}:", _listing(value, indent + "  ")]
-        else:
-            shown = f"{value:.6g}" if isinstance(value, float) else value
-            lines.append(f"{indent}{name}: {shown}")
-    return "\n".join(lines)
-
-
-def run_demo(options: argparse.Namespace) -> int:
-    """``madad demo``: from data to a table, a picture and a saved model."""
+def run(options: argparse.Namespace) -> int:
+    """Train, evaluate on held-out subjects, compare and write."""
     refuse_foreign(options.out / "model")
     require_matplotlib()
     options.out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "data"):
+    with timed(seconds, "data"):
         train, test = _generated(options) if options.data is None else _from_file(options)
     n_lesions = int(test.lesion_masks.any(axis=(1, 2)).sum())
     print(
@@ -150,17 +73,17 @@ def run_demo(options: argparse.Namespace) -> int:
         "small", device=options.device, random_state=options.seed, verbose=not options.quiet
     )
     detector.set_params(**_training(options.max_time))
-    with _timed(seconds, "fit"):
+    with timed(seconds, "fit"):
         detector.fit(train.images, brain_mask=train.brain_masks, groups=train.subjects)
-    with _timed(seconds, "predict"):
+    with timed(seconds, "predict"):
         maps = detector.predict_maps(test.images, brain_mask=test.brain_masks)
         restored = detector.restore(test.images, brain_mask=test.brain_masks)
         scores = -pool_map(maps, test.brain_masks)  # what score_samples would give, without another pass
-    with _timed(seconds, "evaluate"):
+    with timed(seconds, "evaluate"):
         methods = {"mad-ad": _evaluate(test, maps, detector.map_threshold_)}
         methods |= _baselines(detector, train, test)
 
-    with _timed(seconds, "write"):
+    with timed(seconds, "write"):
         detector.save(options.out / "model")
         _write_scores(options.out / "scores.csv", test, scores, detector.offset_)
         _write_picture(options.out / "summary.png", test, maps, restored)
@@ -177,8 +100,8 @@ def run_demo(options: argparse.Namespace) -> int:
         "brain_mask": "maps and truth are restricted to the brain mask",
         "version": __version__,
     }
-    _write_text(options.out / "metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-    print(_table(methods))
+    write_json(options.out / "metrics.json", report)
+    print(table(methods, COLUMNS))
     print(f"\n{sum(seconds.values()):.0f} s; picture, metrics, scores and model are in {options.out}/")
     return 0
 
@@ -271,33 +194,9 @@ def _write_picture(path: Path, test: Bunch, maps: np.ndarray, restored: np.ndarr
 
 
 def _write_scores(path: Path, test: Bunch, scores: np.ndarray, offset: float) -> None:
-    scratch = path.with_name(f".{path.name}.partial")
-    with open(scratch, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["slice", "subject", "score", "decision", "prediction", "lesion_px"])
-        for i, (subject, score) in enumerate(zip(test.subjects, scores, strict=True)):
-            decision = score - offset
-            row = [i, subject, f"{score:.6f}", f"{decision:.6f}", -1 if decision < 0 else 1]
-            writer.writerow([*row, int(test.lesion_masks[i].sum())])
-    scratch.replace(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
-
-
-def _table(methods: dict[str, dict]) -> str:
-    width = max(map(len, methods))
-    lines = ["", " " * width + "".join(f"  {name:>18}" for name in COLUMNS)]
-    for name, values in methods.items():
-        lines.append(f"{name:<{width}}" + "".join(f"  {values[column]:18.3f}" for column in COLUMNS))
-    return "\n".join(lines)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str):
-    start = time.monotonic()
-    yield
-    seconds[stage] = time.monotonic() - start
+    rows = []
+    for i, (subject, score) in enumerate(zip(test.subjects, scores, strict=True)):
+        decision = score - offset
+        row = [i, subject, f"{score:.6f}", f"{decision:.6f}", -1 if decision < 0 else 1]
+        rows.append([*row, int(test.lesion_masks[i].sum())])
+    write_csv(path, ["slice", "subject", "score", "decision", "prediction", "lesion_px"], rows)

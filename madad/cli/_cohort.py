@@ -1,0 +1,168 @@
+"""Scans of a cohort one after the other: a share of them, a row for each that fails, and what was done."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from madad.datasets import Scan, find_scans, scan_name
+from madad.derivatives import DESCRIPTION, Derivative, read_json
+from madad.preprocessed import STEP as PREPROCESS
+
+_FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+"""What the next scan would meet as well: no space, no quota, a read-only disk."""
+Item = TypeVar("Item")
+
+
+@dataclass
+class Tally:
+    """What became of the scans."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    warned: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def status(self) -> int:
+        """The command's exit status."""
+        return 1 if self.failed else 0
+
+    def report(self, options: argparse.Namespace, out: Path) -> None:
+        """Print it, as JSON if asked to."""
+        if options.json:
+            facts = {"out": str(out), "dry_run": options.dry_run, **vars(self)}
+            print(json.dumps(facts, indent=2))
+            return
+        for name, found in self.warned.items():
+            print(f"{name}: warning: {' '.join(found)}", file=sys.stderr)
+        for name, message in self.failed.items():
+            print(f"{name}: failed: {message}", file=sys.stderr)
+        done = "to do" if options.dry_run else "done"
+        print(f"{len(self.done)} {done}, {len(self.skipped)} skipped, {len(self.failed)} failed: {out}")
+
+
+def add_cohort_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that go over scans."""
+    parser.add_argument("--overwrite", action="store_true", help="do again what is done already")
+    parser.add_argument("--shard", type=shard, metavar="i/N", help="do the i-th of N parts, counted from 1")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, write nothing")
+    add_output_arguments(parser)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--quiet``."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def shard(text: str) -> tuple[int, int]:
+    """``2/8`` as (2, 8)."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= part <= n:
+        raise argparse.ArgumentTypeError(f"must be i/N with 1 <= i <= N, got {text!r}; for example 1/2")
+    return part, n
+
+
+def share_of(items: Sequence[Item], options: argparse.Namespace) -> list[Item]:
+    """The part of the items that this process does: ``--shard``, or RANK of WORLD_SIZE, or all."""
+    part, n = options.shard or (int(os.environ.get("RANK", 0)) + 1, int(os.environ.get("WORLD_SIZE", 1)))
+    return list(items[part - 1 :: n])
+
+
+def is_preprocessed(inputs: Sequence[Path]) -> bool:
+    """Whether IN is a folder that ``madad preprocess`` wrote."""
+    if len(inputs) != 1 or not (inputs[0] / DESCRIPTION).is_file():
+        return False
+    return read_json(inputs[0] / DESCRIPTION).get("madad", {}).get("step") == PREPROCESS
+
+
+def raw_scans(inputs: Sequence[Path], contrast: str | None) -> tuple[list[Scan], Path]:
+    """Scans as they came, and the folder that results name them relative to."""
+    scans = find_scans(inputs, contrast=contrast)
+    is_bids = len(inputs) == 1 and (inputs[0] / DESCRIPTION).is_file()
+    return scans, inputs[0] if is_bids else Path(Path(os.path.abspath(inputs[0])).anchor)
+
+
+def for_each(
+    scans: Iterable[tuple[Scan, Item]],
+    work: Callable[[Item], Sequence[str]],
+    *,
+    is_done: Callable[[Scan], bool],
+    folder: Derivative,
+    options: argparse.Namespace,
+) -> Tally:
+    """Do the work for each scan that is not done yet.
+
+    Parameters
+    ----------
+    scans : iterable of (Scan, Item)
+    work : callable
+        Writes the results of an item, and returns warnings.
+    is_done : callable
+    folder : Derivative
+        Where failures are noted.
+    options : argparse.Namespace
+        With ``overwrite``, ``dry_run``, ``quiet``, ``json``.
+
+    Returns
+    -------
+    Tally
+
+    Raises
+    ------
+    OSError
+        If the disk is full or read-only: each scan after it would fail alike.
+    """
+    tally, todo = Tally(), []
+    for scan, item in scans:
+        if is_done(scan) and not options.overwrite:
+            tally.skipped.append(scan_name(scan))
+        else:
+            todo.append((scan, item))
+    if options.dry_run:
+        tally.done = [scan_name(scan) for scan, _ in todo]
+        return tally
+    for scan, item in progress(todo, "scans", options):
+        name = scan_name(scan)
+        try:
+            found = work(item)
+        except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+            if isinstance(error, OSError) and error.errno in _FATAL:
+                raise
+            folder.fail(scan, error)
+            tally.failed[name] = " ".join(str(error).split())
+        else:
+            folder.succeed(scan)
+            tally.done.append(name)
+            if found:
+                tally.warned[name] = list(found)
+    return tally
+
+
+def progress(items: Sequence[Item], what: str, options: argparse.Namespace) -> Iterable[Item]:
+    """The items behind a progress bar on stderr, with the time left."""
+    return tqdm(items, desc=what, unit="file", disable=options.quiet or options.json, file=sys.stderr)
+
+
+@contextmanager
+def noted_warnings() -> Iterator[list[str]]:
+    """Collect the texts of a block's warnings, each once, instead of showing them."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", UserWarning)
+        yield texts
+    texts += dict.fromkeys(str(one.message) for one in found if one.category is UserWarning)

@@ -1,0 +1,86 @@
+"""What several commands write and print."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from madad.derivatives import write_text
+from madad.nn import (
+    AUTOENCODER_SIZES,
+    UNET_SIZES,
+    AutoencoderConfig,
+    AutoencoderKL,
+    MaskedUNet,
+    UNetConfig,
+)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def table(methods: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
+    """A row for each method, a column for each number."""
+    width = max(map(len, methods))
+    lines = ["", " " * width + "".join(f"  {name:>18}" for name in columns)]
+    for name, values in methods.items():
+        lines.append(f"{name:<{width}}" + "".join(f"  {values[column]:18.3f}" for column in columns))
+    return "\n".join(lines)
+
+
+def listing(facts: dict, indent: str = "") -> str:
+    """``name: value`` lines, those of a dict within below its name."""
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", listing(value, indent + "  ")]
+        else:
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            lines.append(f"{indent}{name}: {shown}")
+    return "\n".join(lines)
+
+
+def network_facts(network: AutoencoderKL | MaskedUNet) -> dict[str, Any]:
+    """What a network is, ready to be printed."""
+    config = network.config
+    facts = {
+        "network": type(network).__name__,
+        "size": _size_name(config),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "latent_channels": config.latent_channels,
+    }
+    if isinstance(config, AutoencoderConfig):
+        facts |= {"image_channels": config.image_channels, "latent_factor": config.factor}
+    return facts | {"config": asdict(config)}
+
+
+def _size_name(config: AutoencoderConfig | UNetConfig) -> str | None:
+    """Our name for a shape; what the data or the training decide, the name leaves open."""
+    sizes: Mapping[str, Any] = UNET_SIZES
+    free: tuple[str, ...] = ("latent_channels", "dropout")
+    if isinstance(config, AutoencoderConfig):
+        sizes, free = AUTOENCODER_SIZES, ("image_channels",)
+    for name, known in sizes.items():
+        if replace(known, **{field: getattr(config, field) for field in free}) == config:
+            return name
+    return None
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note how long the block took."""
+    start = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - start

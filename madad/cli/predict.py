@@ -1,0 +1,221 @@
+"""``madad predict``: anomaly maps, masks and scores of scans, on their own grids."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from madad._version import __version__
+from madad.cli._cohort import (
+    add_cohort_arguments,
+    for_each,
+    is_preprocessed,
+    noted_warnings,
+    raw_scans,
+    share_of,
+)
+from madad.datasets import Scan
+from madad.derivatives import Derivative, changes, write_json
+from madad.mri import PreprocessedVolume, write_like
+from madad.mri.registration import TEMPLATE_SPACE
+from madad.preprocessed import PreprocessedFiles, find_preprocessed, read_preprocessed
+from madad.volume_model import VolumeModel, model_hash
+from madad.volumes import VolumePrediction
+
+STEP = "predict"
+MAP, MASK = "stat-anomaly_statmap", "label-L_desc-madad_mask"
+COLUMNS = (
+    *("participant_id", "session_id", "score", "decision", "prediction", "n_components", "anomalous_ml"),
+    *("largest_ml", "peak", "peak_x_mm", "peak_y_mm", "peak_z_mm", "brain_made_by"),
+    *("registration_similarity", "registration_overlap", "warning"),
+)
+Load = Callable[[], list[PreprocessedVolume]]
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add ``predict`` and its arguments."""
+    parser = commands.add_parser(
+        "predict",
+        help="anomaly maps, masks and scores of scans",
+        description="IN is what madad preprocess takes, or what it wrote. Scans as they came are prepared as "
+        "the training data were. OUT becomes a BIDS derivative: a map and a mask of each scan on its own "
+        "grid, scores.tsv and errors.tsv.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    add_scan_arguments(parser)
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument(
+        "--space", default="orig", choices=("orig", "template"), help="grid of maps and masks (default: orig)"
+    )
+    add_cohort_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def add_scan_arguments(parser: argparse.ArgumentParser, name: str = "IN") -> None:
+    """Arguments of the commands that judge scans."""
+    parser.add_argument("inputs", type=Path, nargs="+", metavar=name)
+    parser.add_argument("--contrast", help="of files whose names do not tell: T1, T2, PD, FLAIR, T1CE")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--threshold", type=float, help="of the map, 0..1 (default: the model's)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Judge what is not judged yet."""
+    model = VolumeModel.load(options.model, options.device)
+    space = _space(model, options.space)
+    threshold = model.threshold if options.threshold is None else options.threshold
+    settings = {"model": model_hash(options.model), "space": space or "orig", "threshold": threshold}
+    scans, source = scans_to_judge(model, options, needs_source=space is None)
+    folder = Derivative(options.out)
+    if not options.dry_run:
+        folder.start(
+            name="Anomaly maps", step=STEP, parameters=settings, source=source, overwrite=options.overwrite
+        )
+
+    def work(item: tuple[Scan, Load]) -> list[str]:
+        scan, load = item
+        with noted_warnings() as noted:
+            volumes = load()
+            doubts = model.doubts(volumes)
+            prediction = model.predict(volumes, threshold)
+        facts = {**_facts(model, prediction), "settings": settings, "warnings": [*noted, *doubts]}
+        sources = [folder.source_uri(scan.images[name]) for name in model.card.contrasts]
+        _write(folder, scan, prediction, facts, sources, space)
+        return facts["warnings"]
+
+    tally = for_each(
+        [(scan, (scan, load)) for scan, load in share_of(scans, options)],
+        work,
+        is_done=lambda scan: folder.path(scan, f"{MAP}.json", space).is_file(),
+        folder=folder,
+        options=options,
+    )
+    if not options.dry_run:
+        folder.write_errors()
+        folder.write_table("scores.tsv", COLUMNS, lambda: _rows(folder))
+    tally.report(options, options.out)
+    return tally.status
+
+
+def scans_to_judge(
+    model: VolumeModel, options: argparse.Namespace, *, needs_source: bool = True
+) -> tuple[list[tuple[Scan, Load]], Path]:
+    """Each scan of IN with a function that prepares it, and the folder that scans are named relative to.
+
+    Raises
+    ------
+    ValueError
+        If IN was preprocessed otherwise than the training data.
+    """
+    if not is_preprocessed(options.inputs):
+        scans, source = raw_scans(options.inputs, options.contrast)
+        return [(scan, partial(model.prepare, scan)) for scan in scans], source
+    folder = Derivative(options.inputs[0])
+    # How a brain is found decides nothing where it is found.
+    before, now = (
+        {name: value for name, value in parameters.items() if name != "brain"}
+        for parameters in (model.card.preprocessing, folder.description()["madad"]["parameters"])
+    )
+    if before != now:
+        raise ValueError(
+            f"IN must be preprocessed as the training data were, got {folder.root} with "
+            f"{changes(now, before)}. Give the scans as they came, or preprocess them so."
+        )
+
+    load = partial(read_preprocessed, folder, contrasts=model.card.contrasts, needs_source=needs_source)
+    found = find_preprocessed(folder)
+    return [(_judged(one), partial(load, one)) for one in found], folder.root
+
+
+def _judged(files: PreprocessedFiles) -> Scan:
+    """A preprocessed scan with its lesion mask as it came."""
+    return replace(files.scan, lesion_mask=files.expert_mask)
+
+
+def _space(model: VolumeModel, wanted: str) -> str | None:
+    """The space entity of the results; None = the scan's own grid."""
+    if wanted == "orig":
+        return None
+    if not model.card.preprocessing["template"]:
+        raise ValueError(
+            "--space must be orig for a model of volumes on their own grids, got template. Leave it out."
+        )
+    return TEMPLATE_SPACE
+
+
+def _facts(model: VolumeModel, prediction: VolumePrediction) -> dict:
+    first = prediction.preprocessed
+    registration = first.registration
+    components = prediction.components
+    decision = prediction.score - model.offset
+    return {
+        "versions": {"madad": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "score": prediction.score,
+        "decision": decision,
+        "prediction": -1 if decision < 0 else 1,
+        "components": [one._asdict() for one in components],
+        "brain_made_by": first.brain_made_by,
+        "similarity": None if registration is None else registration.similarity,
+        "overlap": None if registration is None else registration.overlap,
+    }
+
+
+def _write(
+    folder: Derivative,
+    scan: Scan,
+    prediction: VolumePrediction,
+    facts: dict,
+    sources: list[str],
+    space: str | None,
+) -> None:
+    """Mask, map, and last the map's sidecar, with which the scan is done."""
+    folder.clear(scan)
+    first = prediction.preprocessed
+    anomaly_map, labels = prediction.anomaly_map, prediction.labels
+    grid = first.volume
+    if space is None:
+        anomaly_map, labels = prediction.on_source()
+        grid = first.source
+    shared = {"SpatialReference": space or "orig", "Sources": sources}
+    done = folder.path(scan, f"{MAP}.json", space)
+    done.unlink(missing_ok=True)
+    write_like(folder.path(scan, f"{MASK}.nii.gz", space), labels > 0, grid, dtype=np.uint8)
+    write_json(folder.path(scan, f"{MASK}.json", space), {"Type": "Lesion", **shared})
+    write_like(folder.path(scan, f"{MAP}.nii.gz", space), anomaly_map, grid)
+    meaning = "Anomaly map in 0..1; higher = less like healthy brains. For research use only."
+    write_json(done, {"Description": meaning, **shared, "madad": facts})
+
+
+def _rows(folder: Derivative) -> Iterator[dict]:
+    """One row of scores.tsv for each sidecar."""
+    for path, sidecar in folder.sidecars(f"{MAP}.json"):
+        facts = sidecar["madad"]
+        parts = path.relative_to(folder.root).parts
+        components = facts["components"]
+        highest = components[0] if components else {}
+        x, y, z = highest.get("peak_mm", (None, None, None))
+        volumes = [one["volume_ml"] for one in components]
+        yield {
+            "participant_id": parts[0],
+            "session_id": parts[1] if parts[1].startswith("ses-") else None,
+            "score": facts["score"],
+            "decision": facts["decision"],
+            "prediction": facts["prediction"],
+            "n_components": len(components),
+            "anomalous_ml": float(sum(volumes)),
+            "largest_ml": max(volumes, default=None),
+            "peak": highest.get("peak"),
+            "peak_x_mm": x,
+            "peak_y_mm": y,
+            "peak_z_mm": z,
+            "brain_made_by": facts["brain_made_by"],
+            "registration_similarity": facts["similarity"],
+            "registration_overlap": facts["overlap"],
+            "warning": " ".join(facts["warnings"]),
+        }

@@ -1,0 +1,89 @@
+"""``madad preprocess``: from scans as they came to brains on one grid and one scale."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from madad.cli._cohort import (
+    add_cohort_arguments,
+    for_each,
+    noted_warnings,
+    raw_scans,
+    share_of,
+)
+from madad.datasets import Scan
+from madad.derivatives import Derivative
+from madad.model_card import preprocessing_of
+from madad.mri import VolumePreprocessor
+from madad.preprocessed import (
+    STEP,
+    is_preprocessed_whole,
+    preprocess_scan,
+    write_preprocessed,
+    write_preprocessing_table,
+)
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """Add ``preprocess`` and its arguments."""
+    parser = commands.add_parser(
+        "preprocess",
+        help="find the brain, register it to the template, scale its intensities",
+        description="IN is NIfTI files, a folder of them, a BIDS folder, or a table (.tsv, .csv) with the "
+        "columns image and subject, and optionally session, contrast, brain_mask and lesion_mask. Images of "
+        "one subject and session are contrasts of one brain and end on one grid. OUT becomes a BIDS "
+        "derivative with a row for each image in preprocessing.tsv and for each failure in errors.tsv.",
+    )
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="IN")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--contrast", help="of files whose names do not tell: T1, T2, PD, FLAIR, T1CE")
+    parser.add_argument(
+        "--brain",
+        default="auto",
+        choices=("auto", "stripped", "deepbet", "template", "hd-bet", "synthstrip"),
+        help="how the brain is found where no mask is given; auto = the first of the next three that works",
+    )
+    parser.add_argument("--bias-field", action="store_true", help="correct the shading by N4")
+    parser.add_argument("--no-template", action="store_true", help="stay on the scan's own grid")
+    parser.add_argument("--center", default="median", choices=("median", "mode"), help="what sets the scale")
+    add_cohort_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Preprocess what is not preprocessed yet."""
+    preprocessor = VolumePreprocessor(
+        brain=options.brain,
+        bias_field=options.bias_field,
+        template=not options.no_template,
+        center=options.center,
+    )
+    scans, source = raw_scans(options.inputs, options.contrast)
+    folder = Derivative(options.out)
+    if not options.dry_run:
+        folder.start(
+            name="Preprocessed volumes",
+            step=STEP,
+            parameters=preprocessing_of(preprocessor),
+            source=source,
+            overwrite=options.overwrite,
+        )
+
+    def work(scan: Scan) -> list[str]:
+        with noted_warnings() as noted:
+            volumes = preprocess_scan(preprocessor, scan)
+        return write_preprocessed(folder, scan, volumes, noted)
+
+    tally = for_each(
+        [(scan, scan) for scan in share_of(scans, options)],
+        work,
+        is_done=lambda scan: is_preprocessed_whole(folder, scan, template=preprocessor.template),
+        folder=folder,
+        options=options,
+    )
+    if not options.dry_run:
+        folder.write_errors()
+        write_preprocessing_table(folder)
+    tally.report(options, options.out)
+    return tally.status

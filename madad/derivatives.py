@@ -1,0 +1,237 @@
+"""A folder of results in the layout of a BIDS derivative: names, sidecars, tables, a row for each failure."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from madad._version import __version__
+from madad.datasets import Scan, scan_name
+
+BIDS_VERSION = "1.10.0"
+DESCRIPTION = "dataset_description.json"
+ERRORS = "errors.tsv"
+ERROR_COLUMNS = ("participant_id", "session_id", "error", "message")
+_STATE = ".madad"
+# What BIDS has no names for yet, and what is ours alone.
+_IGNORED = ("*_statmap.*", "*_xfm.*", "/*.tsv", ".*.tmp", "**/.*.tmp", f"{_STATE}/")
+
+
+class Derivative:
+    """One step's results of a cohort, in a folder that a BIDS validator accepts as a derivative.
+
+    Parameters
+    ----------
+    root : path-like
+        The folder.
+
+    Notes
+    -----
+    A scan is done when its sidecar is there, which is written last. Tables are made anew from the sidecars,
+    so that several processes which share the scans, or an interrupted and a second run, leave the same bytes
+    as one run. Every file appears whole or not at all.
+    """
+
+    def __init__(self, root):
+        self.root = Path(root)
+
+    def start(self, *, name: str, step: str, parameters: dict, source, overwrite: bool = False) -> None:
+        """Make the folder ready to be written to.
+
+        Parameters
+        ----------
+        name : str
+            Of the dataset, for its description.
+        step : str
+            The command that writes.
+        parameters : dict
+            What the results depend on beside the scans, ready for JSON. A folder with results of other ones
+            is refused, since one table would mix them.
+        source : path-like
+            Folder that the scans lie in; Sources in sidecars are relative to it.
+        overwrite : bool
+            Take the folder over although its results have other parameters.
+
+        Raises
+        ------
+        FileExistsError
+            If there is something else in the folder, or results of other scans or with other parameters.
+        OSError
+            If it cannot be written to.
+        """
+        link = Path(os.path.abspath(source)).as_uri()
+        self._refuse_other(step, parameters, link, overwrite)
+        self.root.mkdir(parents=True, exist_ok=True)
+        description = {
+            "Name": name,
+            "BIDSVersion": BIDS_VERSION,
+            "DatasetType": "derivative",
+            "GeneratedBy": [{"Name": "madad", "Version": __version__, "Description": f"madad {step}"}],
+            "SourceDatasets": [{"URL": link}],
+            "DatasetLinks": {"raw": link},
+            "madad": {"step": step, "parameters": parameters},
+        }
+        write_json(self.root / DESCRIPTION, description)  # first: a process beside this one looks for it
+        readme = f"# {name}\n\nWritten by madad {__version__}, `madad {step}`. For research use only.\n"
+        write_text(self.root / "README.md", readme)
+        write_text(self.root / ".bidsignore", "\n".join(_IGNORED) + "\n")
+
+    def _refuse_other(self, step: str, parameters: dict, link: str, overwrite: bool) -> None:
+        is_folder = self.root.is_dir()
+        if not self.root.exists() or (is_folder and all(one.name[0] == "." for one in self.root.iterdir())):
+            return
+        before = self.description() if (self.root / DESCRIPTION).is_file() else {}
+        mine = before.get("madad", {})
+        if mine.get("step") != step:
+            raise FileExistsError(
+                f"OUT must be new, empty or results of madad {step}, got {self.root}, which holds something "
+                "else. Choose another folder."
+            )
+        if before["DatasetLinks"]["raw"] != link:
+            raise FileExistsError(
+                f"OUT must hold results of the same IN, got {self.root} with those of "
+                f"{before['DatasetLinks']['raw']}. Choose another folder."
+            )
+        if mine.get("parameters") != json.loads(json.dumps(parameters)) and not overwrite:
+            changed = changes(mine.get("parameters", {}), parameters)
+            raise FileExistsError(
+                f"OUT must hold results of the same parameters, got {self.root} with {changed}. "
+                "Choose another folder, or give --overwrite."
+            )
+
+    def description(self) -> dict:
+        """Its dataset description; ValueError if that is damaged."""
+        return read_json(self.root / DESCRIPTION)
+
+    def path(self, scan: Scan, ending: str, space: str | None = None, *, entity: str = "") -> Path:
+        """Where a file of a scan goes: ``sub-01/ses-1/anat/sub-01_ses-1[_entity][_space-X]_<ending>``."""
+        folder = self.root / f"sub-{scan.subject}"
+        folder = folder if scan.session is None else folder / f"ses-{scan.session}"
+        parts = (scan_name(scan), entity, "" if space is None else f"space-{space}", ending)
+        return folder / "anat" / "_".join(part for part in parts if part)
+
+    def clear(self, scan: Scan) -> None:
+        """Make the scan's folder, and take away what an interrupted run left half-written in it."""
+        folder = self.path(scan, "x").parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for scratch in folder.glob(f".{scan_name(scan)}_*.tmp"):
+            scratch.unlink(missing_ok=True)
+
+    def source_uri(self, path) -> str:
+        """A file of the source as a BIDS URI."""
+        return f"bids:raw:{Path(os.path.abspath(path)).relative_to(self._source()).as_posix()}"
+
+    def source_path(self, uri: str) -> Path:
+        """The file that `source_uri` named."""
+        return self._source() / uri.removeprefix("bids:raw:")
+
+    def _source(self) -> Path:
+        return Path(unquote(urlparse(self.description()["DatasetLinks"]["raw"]).path))
+
+    def sidecars(self, ending: str) -> Iterator[tuple[Path, dict]]:
+        """Sidecars whose names end so, with what they hold, by path."""
+        for path in sorted(self.root.glob(f"sub-*/**/*{ending}")):
+            if not path.name.startswith("."):
+                yield path, read_json(path)
+
+    def write_table(self, name: str, columns: Iterable[str], rows: Callable[[], Iterable[dict]]) -> None:
+        """Write a table of what is there, and again until it is: others may have added to it meanwhile."""
+        while True:
+            text = table_text(columns, rows())
+            path = self.root / name
+            if path.is_file() and path.read_text(encoding="utf-8") == text:
+                return
+            write_text(path, text)
+
+    def fail(self, scan: Scan, error: BaseException) -> None:
+        """Note that a scan failed; `write_errors` makes the table."""
+        row = {
+            "participant_id": f"sub-{scan.subject}",
+            "session_id": None if scan.session is None else f"ses-{scan.session}",
+            "error": type(error).__name__,
+            "message": " ".join(str(error).split()),
+        }
+        folder = self.root / _STATE / "errors"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{scan_name(scan)}.json", row)
+
+    def succeed(self, scan: Scan) -> None:
+        """Forget an earlier failure of the scan."""
+        (self.root / _STATE / "errors" / f"{scan_name(scan)}.json").unlink(missing_ok=True)
+
+    def write_errors(self) -> None:
+        """Write ``errors.tsv``: one row for each scan that failed and has not succeeded since."""
+        self.write_table(ERRORS, ERROR_COLUMNS, self._errors)
+
+    def _errors(self) -> Iterator[dict]:
+        for path in sorted((self.root / _STATE / "errors").glob("*.json")):
+            with suppress(FileNotFoundError):  # another process's scan has succeeded meanwhile
+                yield read_json(path)
+
+
+def changes(before: dict, after: dict) -> str:
+    """What differs between two sets of parameters, as text: ``bias_field False, not True``."""
+    after = json.loads(json.dumps(after))
+    names = [name for name in (*before, *after) if before.get(name) != after.get(name)]
+    return ", ".join(f"{name} {before.get(name)!r}, not {after.get(name)!r}" for name in dict.fromkeys(names))
+
+
+def table_text(columns: Iterable[str], rows: Iterable[dict]) -> str:
+    """Rows as BIDS wants tables: tabs between columns, n/a for what is missing."""
+    columns = list(columns)
+    file = io.StringIO()
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, escapechar="\\")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_cell(row.get(column)) for column in columns])
+    return file.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == "":
+        return "n/a"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return " ".join(str(value).split())
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, whole or not at all; an OSError names the file and what to do."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        try:
+            scratch.write_text(text, encoding="utf-8", newline="")
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno or errno.EIO,
+            f"path must be in a folder that can be written to, got {str(path)!r} "
+            f"({error.strerror or error}). Change its permissions or free space.",
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; a ValueError names one that is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be JSON, got a damaged file ({error}). Write it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}. Write it again.")
+    return content

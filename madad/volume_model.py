@@ -1,0 +1,339 @@
+"""A detector with all it needs to judge volumes: preprocessing, slices, thresholds, healthy intensities."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from madad.anomaly_map import healthy_threshold
+from madad.baselines import IntensityThreshold
+from madad.checkpoint import CALIBRATION, CONFIG, read_card
+from madad.datasets import Scan
+from madad.detector import MaskedDiffusionAnomalyDetector
+from madad.model_card import ModelCard
+from madad.mri import HealthyIntensities, PreprocessedVolume, VolumePreprocessor, VolumeSlicer
+from madad.mri.healthy import MIN_TISSUE_CONTRAST
+from madad.persistence import load_card
+from madad.preprocessed import preprocess_scan, registration_warnings
+from madad.volumes import VolumePrediction, predict_volume, slices_of_contrasts
+
+MAX_CALIBRATION_VOLUMES = 40
+"""Of held-out volumes, so many set the thresholds of volumes: their maps are in memory together."""
+INTENSITY: dict[str, dict[str, Any]] = {
+    "intensity, bright": {"tail": "bright"},
+    "intensity, dark": {"tail": "dark"},
+    "equalised, bright": {"tail": "bright", "equalize": True},
+    "equalised, dark": {"tail": "dark", "equalize": True},
+}
+"""What costs nothing, by name: parameters of `IntensityThreshold`."""
+
+
+class HealthyVolume(NamedTuple):
+    """What a model is trained on: contrasts of one person on one grid, and a lesion mask there or None."""
+
+    contrasts: list[PreprocessedVolume]
+    lesion_mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class VolumeModel:
+    """A fitted detector and its card.
+
+    Attributes
+    ----------
+    detector : MaskedDiffusionAnomalyDetector
+        Of slices.
+    card : ModelCard
+        How slices are made of volumes, and the thresholds of volumes.
+
+    Examples
+    --------
+    >>> model = VolumeModel.load("t1-model")  # doctest: +SKIP
+    >>> prediction = model.predict(model.prepare(Scan("01", {"T1": "sub-01_T1w.nii.gz"})))  # doctest: +SKIP
+    >>> write_like("map.nii.gz", prediction.on_source()[0], prediction.preprocessed.source)  # doctest: +SKIP
+    """
+
+    detector: MaskedDiffusionAnomalyDetector
+    card: ModelCard
+
+    @classmethod
+    def load(cls, path, device="auto") -> VolumeModel:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If something is missing or damaged, or the model was trained on arrays, so that it is not known
+            how volumes become its slices.
+        """
+        detector = MaskedDiffusionAnomalyDetector.load(path).set_params(device=device)
+        card = load_card(path)
+        if card.preprocessor is None or card.slicer is None:
+            raise ValueError(
+                f"MODEL must know how volumes become slices, got {path}, which was fitted to arrays. "
+                "Train it by madad fit, or use predict_maps in Python."
+            )
+        return cls(detector, card)
+
+    def save(self, path) -> None:
+        """Write detector and card to a directory; see `MaskedDiffusionAnomalyDetector.save`."""
+        self.detector.save(path, card=self.card)
+
+    def prepare(self, scan: Scan) -> list[PreprocessedVolume]:
+        """Preprocess a scan as the training data were.
+
+        Raises
+        ------
+        ValueError, FileNotFoundError, ImportError
+            See `madad.preprocessed.preprocess_scan`.
+        """
+        assert self.card.preprocessor is not None
+        return list(preprocess_scan(self.card.preprocessor, scan, self.card.contrasts).values())
+
+    def predict(
+        self, volumes: Sequence[PreprocessedVolume], threshold: float | None = None
+    ) -> VolumePrediction:
+        """Map, components and score of a volume; see `madad.volumes.predict_volume`.
+
+        Parameters
+        ----------
+        volumes : sequence of PreprocessedVolume
+            The model's contrasts, from `prepare` or `madad.preprocessed.read_preprocessed`.
+        threshold : float or None
+            Of the map; None = the card's.
+        """
+        assert self.card.slicer is not None
+        threshold = self.threshold if threshold is None else threshold
+        return predict_volume(
+            self.detector, volumes, self.card.slicer, threshold=threshold, **self.card.aggregation
+        )
+
+    def predict_from_intensity(self, volumes: Sequence[PreprocessedVolume], name: str) -> VolumePrediction:
+        """What `predict` gives, by plain intensity: one of `INTENSITY`, which learns nothing."""
+        assert self.card.slicer is not None
+        images, masks, _ = slices_of_contrasts(self.card.slicer, volumes)
+        baseline = IntensityThreshold(**INTENSITY[name]).fit(images, brain_mask=masks)
+        threshold = self.card.intensity_thresholds[name]
+        return predict_volume(
+            baseline, volumes, self.card.slicer, threshold=threshold, **self.card.aggregation
+        )
+
+    @property
+    def threshold(self) -> float:
+        """Voxels of a map that reach it are anomalous."""
+        of_volumes = self.card.volume_threshold
+        return self.detector.map_threshold_ if of_volumes is None else of_volumes
+
+    @property
+    def offset(self) -> float:
+        """Scores of volumes below it are anomalous."""
+        return self.detector.offset_ if self.card.volume_offset is None else self.card.volume_offset
+
+    def doubts(self, volumes: Sequence[PreprocessedVolume]) -> list[str]:
+        """Why a prediction may mean little: a poor registration, or intensities of another contrast."""
+        found = []
+        for contrast, volume in zip(self.card.contrasts, volumes, strict=True):
+            found += registration_warnings(volume)
+            healthy = self.card.healthy.get(contrast)
+            ratio = None if healthy is None else healthy.tissue_contrast(volume)
+            if ratio is not None and ratio < MIN_TISSUE_CONTRAST:
+                found.append(
+                    f"Intensities unlike those of healthy {contrast}: light and dark tissue differ "
+                    f"{ratio:.2f} times as much. Check that it is the contrast the model was trained on."
+                )
+        return found
+
+
+def fit_volumes(
+    detector: MaskedDiffusionAnomalyDetector,
+    subjects: Sequence[str],
+    read: Callable[[int], HealthyVolume],
+    *,
+    contrasts: Sequence[str],
+    preprocessor: VolumePreprocessor,
+    slicer: VolumeSlicer,
+    aggregation: dict | None = None,
+    data: dict | None = None,
+    scratch=None,
+    progress: Callable[[Sequence[int], str], Any] | None = None,
+) -> VolumeModel:
+    """Train a detector on the slices of healthy volumes, and set thresholds for whole volumes.
+
+    Parameters
+    ----------
+    detector : MaskedDiffusionAnomalyDetector
+        Fitted in place.
+    subjects : sequence of str
+        Of each volume; those of one are all held out for the thresholds, or none.
+    read : callable
+        ``read(i)`` is the ``HealthyVolume`` of ``subjects[i]``; called several times for each, so that only
+        one volume is in memory.
+    contrasts : sequence of str
+        Of the channels.
+    preprocessor : VolumePreprocessor
+        What prepared the volumes.
+    slicer : VolumeSlicer
+        Fitted here.
+    aggregation : dict or None
+        ``smoothing_mm``, ``median_slices``, ``min_volume_ml`` of `madad.volumes.predict_volume`.
+    data : dict or None
+        Further facts for the card.
+    scratch : path-like or None
+        Folder for the slices, which are on disk while the detector trains. None = a temporary one.
+    progress : callable or None
+        ``progress(indices, what)`` wraps an iteration over volumes.
+
+    Returns
+    -------
+    VolumeModel
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two volumes, or none has a slice without lesion.
+
+    Notes
+    -----
+    Slices with lesion voxels are not trained on. The thresholds of volumes are set as `fit` sets those of
+    slices, from at most `MAX_CALIBRATION_VOLUMES` of the held-out volumes without any lesion; without such,
+    those of slices are used.
+    """
+    if len(subjects) < 2:
+        raise ValueError(
+            f"DATA must hold at least 2 healthy volumes, to train on some and calibrate on others, got "
+            f"{len(subjects)}. Add some."
+        )
+    over = progress or (lambda indices, what: indices)
+    aggregation = aggregation or {}
+    order = range(len(subjects))
+    slicer = _fitted(slicer, (read(i).contrasts[0] for i in over(order, "sizes")))
+    healthy = {name: HealthyIntensities() for name in contrasts}
+    owners: list[int] = []
+    n_with_lesion = 0
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch, prefix="slices-")))
+        images_file = stack.enter_context(open(folder / "images", "wb"))
+        masks_file = stack.enter_context(open(folder / "masks", "wb"))
+        for i in over(order, "slices"):
+            volume = read(i)
+            images, masks, geometry = slices_of_contrasts(slicer, volume.contrasts)
+            kept = np.ones(len(images), bool)
+            if volume.lesion_mask is not None:
+                kept = ~geometry.to_slices(volume.lesion_mask.astype(bool)).any(axis=(1, 2))
+            else:
+                for name, one in zip(contrasts, volume.contrasts, strict=True):
+                    healthy[name].add(one)
+            n_with_lesion += int(np.count_nonzero(~kept))
+            owners += [i] * np.count_nonzero(kept)
+            images_file.write(np.ascontiguousarray(images[kept], np.float32).data)
+            masks_file.write(np.ascontiguousarray(masks[kept], bool).data)
+        images_file.close()
+        masks_file.close()
+        if not owners:
+            raise ValueError(
+                f"DATA must hold slices without lesion, got none in {len(subjects)} volumes. "
+                "Train on healthy volunteers."
+            )
+        shape = (len(owners), *images.shape[1:])
+        images = np.memmap(folder / "images", np.float32, "r", shape=shape)
+        masks = np.memmap(folder / "masks", bool, "r", shape=(len(owners), *shape[-2:]))
+        groups = np.asarray(subjects)[owners]
+        detector.fit(images, brain_mask=masks, groups=groups)
+        held_out = list(dict.fromkeys(np.asarray(owners)[detector.calibration_rows_].tolist()))
+        intensities = _intensity_thresholds(images, masks, groups, detector)
+        del images, masks
+    card = ModelCard(
+        contrasts=tuple(contrasts),
+        preprocessor=preprocessor,
+        slicer=slicer,
+        aggregation=aggregation,
+        intensity_thresholds=intensities,
+        data={
+            "subjects": len(set(subjects)),
+            "volumes": len(subjects),
+            "slices": len(owners),
+            "slices_with_lesion_left_out": n_with_lesion,
+            "held_out_volumes": len(held_out),
+        }
+        | (data or {}),
+        healthy={name: one for name, one in healthy.items() if one.n},
+    )
+    model = VolumeModel(detector, card)
+    return _calibrated(model, (read(i) for i in over(held_out[:MAX_CALIBRATION_VOLUMES], "thresholds")))
+
+
+def model_hash(path) -> str:
+    """SHA-256 of all that a prediction depends on in a saved model: not of its readme and metrics.
+
+    Parameters
+    ----------
+    path : path-like
+        Directory that ``save`` wrote.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix == ".safetensors" or file.name in (CONFIG, CALIBRATION):
+            digest.update(file.name.encode())
+            with open(file, "rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    card = {name: value for name, value in read_card(path).items() if name != "metrics"}
+    digest.update(json.dumps(card, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _fitted(slicer: VolumeSlicer, volumes: Iterator[PreprocessedVolume]) -> VolumeSlicer:
+    """Fit a slicer to volumes that are read one at a time."""
+    needed, spacings = np.zeros(2, int), set()
+    for volume in volumes:
+        one = VolumeSlicer(**slicer.get_params()).fit([volume.volume], brain_masks=[volume.brain_mask])
+        needed = np.maximum(needed, one.shape_)
+        spacings.add(one.spacing_mm_)
+    if len(spacings) > 1:
+        raise ValueError(
+            f"spacing_mm must be given where volumes differ, got pixels of {sorted(spacings)} mm. "
+            "Give --spacing-mm 1."
+        )
+    slicer.shape_, slicer.spacing_mm_ = tuple(int(n) for n in needed), spacings.pop()
+    return slicer
+
+
+def _calibrated(model: VolumeModel, volumes: Iterator[HealthyVolume]) -> VolumeModel:
+    """The model with thresholds for volumes from held-out healthy ones."""
+    scores, pixels = [], []
+    for volume in volumes:
+        if volume.lesion_mask is None or not volume.lesion_mask.any():
+            prediction = model.predict(volume.contrasts)
+            scores.append(prediction.score)
+            pixels.append(prediction.anomaly_map[volume.contrasts[0].brain_mask])
+    if not scores:
+        return model
+    detector = model.detector
+    threshold = healthy_threshold(np.concatenate(pixels), detector.pixel_specificity)
+    offset = float(np.quantile(scores, 1 - detector.image_specificity))
+    return VolumeModel(detector, replace(model.card, volume_threshold=threshold, volume_offset=offset))
+
+
+def _intensity_thresholds(
+    images: np.ndarray, masks: np.ndarray, groups: np.ndarray, detector: MaskedDiffusionAnomalyDetector
+) -> dict[str, float]:
+    """The thresholds of `INTENSITY`, from slices held out as the detector's are."""
+    shared = {"random_state": detector.random_state, "pixel_specificity": detector.pixel_specificity}
+    return {
+        name: IntensityThreshold(**parameters, **shared)
+        .fit(images, brain_mask=masks, groups=groups)
+        .map_threshold_
+        for name, parameters in INTENSITY.items()
+    }
