@@ -26,6 +26,17 @@ _STATE = ".madad"
 _IGNORED = ("*_statmap.*", "*_xfm.*", "/*.tsv", ".*.tmp", "**/.*.tmp", f"{_STATE}/")
 
 
+_README = """# {name}
+
+Written by madad {version}, command `madad {step}`, as a BIDS derivative: a folder `sub-<label>` (and in it
+`ses-<label>`) for each person, a JSON file beside each image that says what it was made from and how, tables
+(`.tsv`) made from these, and `errors.tsv` with a row for each scan that failed. The parameters are in
+`dataset_description.json`. Running the same command again does what is missing.
+
+For research use only. Not a medical device.
+"""
+
+
 class Derivative:
     """One step's results of a cohort, in a folder that a BIDS validator accepts as a derivative.
 
@@ -81,8 +92,7 @@ class Derivative:
             "madad": {"step": step, "parameters": parameters},
         }
         write_json(self.root / DESCRIPTION, description)  # first: a process beside this one looks for it
-        readme = f"# {name}\n\nWritten by madad {__version__}, `madad {step}`. For research use only.\n"
-        write_text(self.root / "README.md", readme)
+        write_text(self.root / "README.md", _README.format(name=name, version=__version__, step=step))
         write_text(self.root / ".bidsignore", "\n".join(_IGNORED) + "\n")
 
     def _refuse_other(self, step: str, parameters: dict, link: str, overwrite: bool) -> None:

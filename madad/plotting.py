@@ -82,9 +82,9 @@ def volume_figure(
     affine : ndarray of shape (4, 4)
         Voxel indices to world mm.
     threshold : float
-        The map is shown from here on.
+        Where the map reaches it, the scan has a yellow outline.
     lesion_mask : ndarray of shape (X, Y, Z), optional
-        Outlined.
+        Has a cyan outline on scan and map.
     title : str, optional
 
     Returns
@@ -101,27 +101,41 @@ def volume_figure(
     scan, colours = (nib.Nifti1Image(np.asarray(one, np.float32), affine) for one in (image, anomaly_map))
     has_lesion = lesion_mask is not None and np.any(lesion_mask)
     cuts = _cuts(lesion_mask if has_lesion else np.asarray(anomaly_map) >= threshold, affine)
-    figure, axes = plt.subplots(2, 1, figsize=(8.4, 6.2))
+    figure = plt.figure(figsize=(8.4, 5.6), facecolor="black")
     bright = float(np.quantile(image, 0.999)) or 1.0
-    grey = {"cut_coords": cuts, "black_bg": True, "draw_cross": False, "annotate": False}
-    shown = [
-        plotting.plot_anat(scan, axes=axes[0], title=title, vmin=0.0, vmax=bright, **grey),
-        plotting.plot_stat_map(
-            colours,
-            bg_img=scan,
-            axes=axes[1],
-            threshold=threshold,
-            cmap="inferno",
-            vmin=0.0,
-            symmetric_cbar=False,
-            **grey,
-        ),
-    ]
+    shared = {"cut_coords": cuts, "black_bg": True, "draw_cross": False, "annotate": False}
+    above = plotting.plot_anat(
+        scan,
+        figure=figure,
+        axes=(0, 0.5, 1, 0.5),
+        title=title,
+        vmin=0.0,
+        vmax=bright,
+        colorbar=False,
+        **shared,
+    )
+    below = plotting.plot_img(
+        colours,
+        figure=figure,
+        axes=(0, 0, 1, 0.5),
+        cmap="inferno",
+        vmin=0.0,
+        vmax=1.0,
+        colorbar=True,
+        **shared,
+    )
+    found = np.asarray(anomaly_map) >= threshold
+    if found.any():
+        _outline(above, found, affine, "yellow")
     if has_lesion:
-        outline = nib.Nifti1Image(np.asarray(lesion_mask, np.float32), affine)
-        for one in shown:
-            one.add_contours(outline, levels=[0.5], colors="cyan", linewidths=0.8)
+        _outline(above, lesion_mask, affine, "cyan")
+        _outline(below, lesion_mask, affine, "cyan")
     return save_figure(figure, Path(path))
+
+
+def _outline(display, mask: np.ndarray, affine: np.ndarray, color: str) -> None:
+    image = nib.Nifti1Image(np.asarray(mask, np.float32), affine)
+    display.add_contours(image, levels=[0.5], colors=color, linewidths=0.8)
 
 
 def _cuts(region: np.ndarray, affine: np.ndarray) -> tuple[float, float, float]:

@@ -119,12 +119,20 @@ def write_preprocessed(
     path = folder.path(scan, "desc-brain_mask.nii.gz", space)
     write_like(path, first.brain_mask, first.volume, dtype=np.uint8)
     brain_from = scan.brain_mask if scan.brain_mask is not None else first.source.path
-    facts: dict[str, Any] = {"Type": "Brain", "Sources": [folder.source_uri(brain_from)]}
+    facts: dict[str, Any] = {
+        "Type": "Brain",
+        "Description": "The brain with the fluid in and around it.",
+        "Sources": [folder.source_uri(brain_from)],
+    }
     write_json(_sidecar_of(path), reference | facts)
     if scan.lesion_mask is not None:
         path = folder.path(scan, _EXPERT, space)
         write_like(path, _lesion_on_grid(scan, volumes.values()), first.volume, dtype=np.uint8)
-        facts = {"Type": "Lesion", "Sources": [folder.source_uri(scan.lesion_mask)]}
+        facts = {
+            "Type": "Lesion",
+            "Description": "The lesion mask that came with the scan.",
+            "Sources": [folder.source_uri(scan.lesion_mask)],
+        }
         write_json(_sidecar_of(path), reference | facts)
     for name, volume in volumes.items():
         entity, suffix = bids_name(name)

@@ -200,11 +200,14 @@ def find_components(
     labels = np.zeros(anomaly_map.shape, np.int32)
     if n == 0:
         return labels, []
-    numbers = np.arange(1, n + 1)
-    millilitres = np.bincount(found.ravel())[1:] * abs(np.linalg.det(affine[:3, :3])) / 1000 * scale
-    peaks = ndimage.maximum(anomaly_map, found, numbers)
-    places = np.array(ndimage.maximum_position(anomaly_map, found, numbers))
-    centers = np.array(ndimage.center_of_mass(found > 0, found, numbers))
+    places = np.nonzero(found)
+    numbers, values = found[places] - 1, anomaly_map[places]
+    sizes = np.bincount(numbers)
+    millilitres = sizes * abs(np.linalg.det(affine[:3, :3])) / 1000 * scale
+    first = np.cumsum(sizes) - sizes
+    highest = np.lexsort((-values, numbers))[first]  # of equal ones the first
+    peaks, peak_places = values[highest], np.stack(places, axis=1)[highest]
+    centers = np.stack([np.bincount(numbers, along) / sizes for along in places], axis=1)
     kept = np.flatnonzero(millilitres >= min_volume_ml)
     kept = kept[np.argsort(-peaks[kept], kind="stable")]
     renumbered = np.zeros(n + 1, np.int32)
@@ -214,7 +217,7 @@ def find_components(
             int(renumbered[row + 1]),
             float(millilitres[row]),
             float(peaks[row]),
-            _world(affine, places[row]),
+            _world(affine, peak_places[row]),
             _world(affine, centers[row]),
         )
         for row in kept

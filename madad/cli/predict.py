@@ -186,7 +186,9 @@ def _write(
     done = folder.path(scan, f"{MAP}.json", space)
     done.unlink(missing_ok=True)
     write_like(folder.path(scan, f"{MASK}.nii.gz", space), labels > 0, grid, dtype=np.uint8)
-    write_json(folder.path(scan, f"{MASK}.json", space), {"Type": "Lesion", **shared})
+    meaning = "Where the anomaly map reaches the threshold. For research use only."
+    facts_of_mask = {"Type": "Lesion", "Description": meaning, **shared}
+    write_json(folder.path(scan, f"{MASK}.json", space), facts_of_mask)
     write_like(folder.path(scan, f"{MAP}.nii.gz", space), anomaly_map, grid)
     meaning = "Anomaly map in 0..1; higher = less like healthy brains. For research use only."
     write_json(done, {"Description": meaning, **shared, "madad": facts})

@@ -224,8 +224,11 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         moved = resample_to(np.where(brain, values, 0), source.affine, shape, affine, matrix)
         share = resample_to(brain.astype(np.float32), source.affine, shape, affine, matrix)
         moved = moved / np.maximum(share, 0.5)  # at the border a mean of brain alone
-        on_template = read_volume(nib.Nifti1Image(self._scaled(moved, inside, source.name), affine))
-        return PreprocessedVolume(on_template, source, made_by, registration)
+        image = nib.Nifti1Image(self._scaled(moved, inside, source.name), affine)
+        image.header.set_xyzt_units("mm")
+        image.set_sform(affine, code="mni")
+        image.set_qform(affine, code="mni")
+        return PreprocessedVolume(read_volume(image), source, made_by, registration)
 
     def _beside(self, place, first, brain, other):
         """Another contrast of the subject, on the grid that the first was brought to."""
