@@ -103,7 +103,7 @@ def measure(options, path):
     with timed(seconds, "networks"):
         maps = model.detector.predict_maps(images, brain_mask=masks)
     with timed(seconds, "components"):
-        known = SimpleDetector(maps, model.threshold)
+        known = KnownMaps(maps, model.threshold)
         prediction = predict_volume(known, place, model.card.slicer, **model.card.aggregation)
     seconds["components"] = max(0.0, seconds["components"] - seconds["slices"])
     with timed(seconds, "write"), tempfile.TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ def measure(options, path):
     }
 
 
-class SimpleDetector:
+class KnownMaps:
     """Gives maps that are known already, so that what comes after the networks is timed alone."""
 
     def __init__(self, maps, threshold):

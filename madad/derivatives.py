@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -70,7 +71,8 @@ class Derivative:
         source : path-like
             Folder that the scans lie in; Sources in sidecars are relative to it.
         overwrite : bool
-            Take the folder over although its results have other parameters.
+            Take the folder over although its results have other parameters; they are removed, so that an
+            interrupted run is not gone on with among them.
 
         Raises
         ------
@@ -80,7 +82,9 @@ class Derivative:
             If it cannot be written to.
         """
         link = Path(os.path.abspath(source)).as_uri()
-        self._refuse_other(step, parameters, link, overwrite)
+        if self._has_other(step, parameters, link, overwrite):
+            for outdated in (*self.root.glob("sub-*"), self.root / _STATE):
+                shutil.rmtree(outdated, ignore_errors=True)
         self.root.mkdir(parents=True, exist_ok=True)
         description = {
             "Name": name,
@@ -95,10 +99,11 @@ class Derivative:
         write_text(self.root / "README.md", _README.format(name=name, version=__version__, step=step))
         write_text(self.root / ".bidsignore", "\n".join(_IGNORED) + "\n")
 
-    def _refuse_other(self, step: str, parameters: dict, link: str, overwrite: bool) -> None:
+    def _has_other(self, step: str, parameters: dict, link: str, overwrite: bool) -> bool:
+        """Whether it holds results with other parameters; FileExistsError if these may not be replaced."""
         is_folder = self.root.is_dir()
         if not self.root.exists() or (is_folder and all(one.name[0] == "." for one in self.root.iterdir())):
-            return
+            return False
         before = self.description() if (self.root / DESCRIPTION).is_file() else {}
         mine = before.get("madad", {})
         if mine.get("step") != step:
@@ -111,12 +116,14 @@ class Derivative:
                 f"OUT must hold results of the same IN, got {self.root} with those of "
                 f"{before['DatasetLinks']['raw']}. Choose another folder."
             )
-        if mine.get("parameters") != json.loads(json.dumps(parameters)) and not overwrite:
+        has_other = mine.get("parameters") != json.loads(json.dumps(parameters))
+        if has_other and not overwrite:
             changed = changes(mine.get("parameters", {}), parameters)
             raise FileExistsError(
                 f"OUT must hold results of the same parameters, got {self.root} with {changed}. "
                 "Choose another folder, or give --overwrite."
             )
+        return has_other
 
     def description(self) -> dict:
         """Its dataset description; ValueError if that is damaged."""
@@ -207,11 +214,11 @@ def table_text(columns: Iterable[str], rows: Iterable[dict]) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None or value == "":
+    if value is None:
         return "n/a"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return " ".join(str(value).split())
+    return " ".join(str(value).split()) or "n/a"
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -240,7 +247,7 @@ def read_json(path: Path) -> dict:
     """What a JSON file holds; a ValueError names one that is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, got a damaged file ({error}). Write it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}. Write it again.")

@@ -102,8 +102,8 @@ class ModelCard:
                 preprocessor=None if preprocessing is None else VolumePreprocessor(**preprocessing),
                 slicer=None if slices is None else _slicer(slices),
                 aggregation=dict(content["aggregation"]),
-                volume_threshold=content["volume_threshold"],
-                volume_offset=content["volume_offset"],
+                volume_threshold=_number(content["volume_threshold"]),
+                volume_offset=_number(content["volume_offset"]),
                 intensity_thresholds=dict(content["intensity_thresholds"]),
                 data=dict(content["data"]),
                 metrics=dict(content["metrics"]),
@@ -155,6 +155,10 @@ class ModelCard:
 def preprocessing_of(preprocessor: VolumePreprocessor) -> dict:
     """What a preprocessor's results depend on, ready for JSON."""
     return preprocessor.get_params(deep=False)
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _healthy(tensors: Mapping[str, np.ndarray]) -> dict[str, HealthyIntensities]:

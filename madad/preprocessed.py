@@ -186,7 +186,13 @@ def _sidecars_by_scan(folder: Derivative) -> dict[tuple[str, str], dict[str, tup
             subject, visit, *_ = path.relative_to(folder.root).parts
             session = visit.removeprefix("ses-") if visit.startswith("ses-") else ""
             of_scan = found.setdefault((subject.removeprefix("sub-"), session), {})
-            of_scan[sidecar["madad"]["contrast"]] = (path, sidecar)
+            try:
+                of_scan[sidecar["madad"]["contrast"]] = (path, sidecar)
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path} must be of madad preprocess, got no contrast in it. Delete it and "
+                    "preprocess the scan again."
+                ) from error
     return found
 
 

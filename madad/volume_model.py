@@ -21,6 +21,7 @@ from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.model_card import ModelCard
 from madad.mri import HealthyIntensities, PreprocessedVolume, VolumePreprocessor, VolumeSlicer
 from madad.mri.healthy import MIN_TISSUE_CONTRAST
+from madad.mri.slices import TOLERANCE
 from madad.persistence import load_card
 from madad.preprocessed import preprocess_scan, registration_warnings
 from madad.volumes import VolumePrediction, predict_volume, slices_of_contrasts
@@ -120,7 +121,8 @@ class VolumeModel:
         """What `predict` gives, by plain intensity: one of `INTENSITY`, which learns nothing."""
         assert self.card.slicer is not None
         images, masks, _ = slices_of_contrasts(self.card.slicer, volumes)
-        baseline = IntensityThreshold(**INTENSITY[name]).fit(images, brain_mask=masks)
+        two = [0, -1]  # it learns nothing, but wants two slices
+        baseline = IntensityThreshold(**INTENSITY[name]).fit(images[two], brain_mask=masks[two])
         threshold = self.card.intensity_thresholds[name]
         return predict_volume(
             baseline, volumes, self.card.slicer, threshold=threshold, **self.card.aggregation
@@ -217,6 +219,7 @@ def fit_volumes(
     slicer = _fitted(slicer, (read(i).contrasts[0] for i in over(order, "sizes")))
     healthy = {name: HealthyIntensities() for name in contrasts}
     owners: list[int] = []
+    with_lesion: set[int] = set()
     n_with_lesion = 0
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch, prefix="slices-")))
@@ -227,10 +230,13 @@ def fit_volumes(
             images, masks, geometry = slices_of_contrasts(slicer, volume.contrasts)
             kept = np.ones(len(images), bool)
             if volume.lesion_mask is not None:
-                kept = ~geometry.to_slices(volume.lesion_mask.astype(bool)).any(axis=(1, 2))
+                lesion = (volume.lesion_mask > 0).astype(np.float32)  # floats: no voxel falls between pixels
+                kept = ~geometry.to_slices(lesion).any(axis=(1, 2))
+                if lesion.any():
+                    with_lesion.add(i)
             else:
                 for name, one in zip(contrasts, volume.contrasts, strict=True):
-                    healthy[name].add(one)
+                    healthy[name].add(one, in_template=volume.contrasts[0].registration is not None)
             n_with_lesion += int(np.count_nonzero(~kept))
             owners += [i] * np.count_nonzero(kept)
             images_file.write(np.ascontiguousarray(images[kept], np.float32).data)
@@ -267,7 +273,8 @@ def fit_volumes(
         healthy={name: one for name, one in healthy.items() if one.n},
     )
     model = VolumeModel(detector, card)
-    return _calibrated(model, (read(i) for i in over(held_out[:MAX_CALIBRATION_VOLUMES], "thresholds")))
+    calibrating = [i for i in held_out if i not in with_lesion][:MAX_CALIBRATION_VOLUMES]
+    return _calibrated(model, (read(i) for i in over(calibrating, "thresholds")))
 
 
 def model_hash(path) -> str:
@@ -296,17 +303,17 @@ def model_hash(path) -> str:
 
 def _fitted(slicer: VolumeSlicer, volumes: Iterator[PreprocessedVolume]) -> VolumeSlicer:
     """Fit a slicer to volumes that are read one at a time."""
-    needed, spacings = np.zeros(2, int), set()
+    needed, spacings = np.zeros(2, int), []
     for volume in volumes:
         one = VolumeSlicer(**slicer.get_params()).fit([volume.volume], brain_masks=[volume.brain_mask])
         needed = np.maximum(needed, one.shape_)
-        spacings.add(one.spacing_mm_)
-    if len(spacings) > 1:
+        spacings.append(one.spacing_mm_)
+    if not np.allclose(spacings, spacings[0], rtol=TOLERANCE):
         raise ValueError(
-            f"spacing_mm must be given where volumes differ, got pixels of {sorted(spacings)} mm. "
+            f"spacing_mm must be given where volumes differ, got pixels of {sorted(set(spacings))} mm. "
             "Give --spacing-mm 1."
         )
-    slicer.shape_, slicer.spacing_mm_ = tuple(int(n) for n in needed), spacings.pop()
+    slicer.shape_, slicer.spacing_mm_ = tuple(int(n) for n in needed), spacings[0]
     return slicer
 
 
@@ -314,10 +321,9 @@ def _calibrated(model: VolumeModel, volumes: Iterator[HealthyVolume]) -> VolumeM
     """The model with thresholds for volumes from held-out healthy ones."""
     scores, pixels = [], []
     for volume in volumes:
-        if volume.lesion_mask is None or not volume.lesion_mask.any():
-            prediction = model.predict(volume.contrasts)
-            scores.append(prediction.score)
-            pixels.append(prediction.anomaly_map[volume.contrasts[0].brain_mask])
+        prediction = model.predict(volume.contrasts)
+        scores.append(prediction.score)
+        pixels.append(prediction.anomaly_map[_judged(model, volume.contrasts[0])])
     if not scores:
         return model
     detector = model.detector
@@ -326,11 +332,19 @@ def _calibrated(model: VolumeModel, volumes: Iterator[HealthyVolume]) -> VolumeM
     return VolumeModel(detector, replace(model.card, volume_threshold=threshold, volume_offset=offset))
 
 
+def _judged(model: VolumeModel, volume: PreprocessedVolume) -> np.ndarray:
+    """Voxels of the brain in the slices of the model: elsewhere a map is 0, which says nothing."""
+    assert model.card.slicer is not None
+    _, masks, geometry = model.card.slicer.slices_of(volume.volume, volume.brain_mask)
+    return volume.brain_mask & geometry.to_volume(masks)
+
+
 def _intensity_thresholds(
     images: np.ndarray, masks: np.ndarray, groups: np.ndarray, detector: MaskedDiffusionAnomalyDetector
 ) -> dict[str, float]:
     """The thresholds of `INTENSITY`, from slices held out as the detector's are."""
-    shared = {"random_state": detector.random_state, "pixel_specificity": detector.pixel_specificity}
+    names = ("random_state", "pixel_specificity", "calibration_fraction")
+    shared = {name: getattr(detector, name) for name in names}
     return {
         name: IntensityThreshold(**parameters, **shared)
         .fit(images, brain_mask=masks, groups=groups)

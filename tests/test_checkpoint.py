@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import madad.checkpoint
 from madad.autoencoding import LatentAutoencoder
 from madad.checkpoint import (
     CALIBRATION,
+    CARD,
     CONFIG,
     FORMAT_VERSION,
+    README,
     from_json,
+    read_card,
     read_config,
     read_model,
     to_json,
@@ -186,6 +190,31 @@ def test_a_network_alone_has_no_calibration(tmp_path):
     assert not (tmp_path / "model" / CALIBRATION).exists()
 
 
+def test_a_card_is_written_beside_it_for_programs_and_people(model, tmp_path):
+    card = {"contrasts": ["T1"], "threshold": None}
+    write_model(model, {}, {}, TENSORS, card=card, readme="# Größe\n")
+    assert read_card(model) == card
+    assert (model / README).read_text(encoding="utf-8") == "# Größe\n"
+    assert {CARD, README} < {path.name for path in model.iterdir()}
+    write_model(model, {"a": 2}, {}, TENSORS, card={}, readme="other")  # is replaced like any model
+    assert read_card(model) == {} and (model / README).read_text() == "other"
+    write_model(model, {}, {}, TENSORS)
+    assert not {CARD, README} & {path.name for path in model.iterdir()}
+    with pytest.raises(FileNotFoundError, match="model/card.json must exist, got no such file"):
+        read_card(model)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_tensors_may_be_read_by_whom_the_config_may(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_model(tmp_path / "model", {}, {}, TENSORS, card={}, readme="")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
 def test_what_a_model_is_is_read_without_its_other_files(model):
     for path in model.iterdir():
         path.unlink() if path.name != CONFIG else None
@@ -260,8 +289,18 @@ OURS = '{"format": "madad", "format_version": 1}'
         lambda path: make_folder(path, config_json="[1]"),
         lambda path: make_folder(path, config_json=OURS, notes_txt="precious"),
         lambda path: make_folder(path, calibration_json="{}"),
+        lambda path: make_folder(path, card_json="{}", README_md="precious"),
     ],
-    ids=["file", "folder", "foreign config", "damaged config", "list", "model and notes", "no config"],
+    ids=[
+        "file",
+        "folder",
+        "foreign config",
+        "damaged config",
+        "list",
+        "model and notes",
+        "no config",
+        "card",
+    ],
 )
 def test_what_is_no_model_is_never_overwritten(tmp_path, make):
     path = tmp_path / "mine"

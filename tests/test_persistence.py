@@ -10,8 +10,10 @@ from torch import nn
 
 from madad import MaskedDiffusionAnomalyDetector, SliceAugmentation
 from madad.diffusion import ForeignLatents, Mixture, SmoothOffset
+from madad.model_card import ModelCard
+from madad.mri import HealthyIntensities
 from madad.nn import AUTOENCODER_SIZES, UNET_SIZES, AutoencoderKL, MaskedUNet
-from madad.persistence import save_network
+from madad.persistence import load_card, save_network
 from madad.pretrained import load_autoencoder, load_unet
 from madad.testing import tiny_autoencoder, tiny_detector
 from madad.training import Trainer
@@ -136,6 +138,57 @@ def test_a_loaded_detector_can_be_saved_and_fitted_again(saved, tmp_path):
         MaskedDiffusionAnomalyDetector.load(tmp_path / "once more").predict_maps(X), maps
     )
     assert loaded.fit(X).predict_maps(X).shape == maps.shape
+
+
+# The card
+
+
+@pytest.fixture
+def card():
+    rng = np.random.default_rng(0)
+    healthy = HealthyIntensities(
+        4, rng.random(9), *(rng.random((2, 3, 4), dtype=np.float32) for _ in range(2))
+    )
+    return ModelCard(contrasts=("T1",), data={"subjects": 4}, volume_threshold=0.1, healthy={"T1": healthy})
+
+
+def test_a_card_comes_back_with_its_healthy_intensities(saved, card):
+    detector = MaskedDiffusionAnomalyDetector.load(saved)
+    detector.save(saved, card=card)  # replaces the model
+    back = load_card(saved)
+    assert back.to_json() == card.to_json()
+    for name, values in card.healthy["T1"].to_arrays().items():
+        np.testing.assert_array_equal(back.healthy["T1"].to_arrays()[name], values)
+    back.healthy["T1"].total += 1  # may be added to
+    assert "subjects: 4" in (saved / "README.md").read_text()
+    np.testing.assert_array_equal(
+        MaskedDiffusionAnomalyDetector.load(saved).predict_maps(X), detector.predict_maps(X)
+    )
+    detector.save(saved)
+    assert load_card(saved) == ModelCard() and not (saved / "healthy.safetensors").exists()
+
+
+def test_without_a_card_people_read_that_preprocessing_is_not_known(saved):
+    assert load_card(saved) == ModelCard()
+    text = (saved / "README.md").read_text()
+    assert text.startswith("# model\n") and "For research use only" in text
+    assert "## Preprocessing\n\nNot known: arrays were given to `fit`." in text
+    assert "class: MaskedDiffusionAnomalyDetector" in text and "map_threshold: " in text
+
+
+def test_a_missing_or_damaged_card_is_named(saved, card):
+    MaskedDiffusionAnomalyDetector.load(saved).save(saved, card=card)
+    (saved / "healthy.safetensors").write_bytes(b"damage")
+    with pytest.raises(ValueError, match="healthy.safetensors must be a safetensors file, got a damaged one"):
+        load_card(saved)
+    (saved / "card.json").write_text("{}")
+    (saved / "healthy.safetensors").unlink()
+    with pytest.raises(ValueError, match="card.json must hold what was written beside the model"):
+        load_card(saved)
+    (saved / "card.json").unlink()
+    with pytest.raises(FileNotFoundError, match="card.json must exist, got no such file"):
+        load_card(saved)
+    MaskedDiffusionAnomalyDetector.load(saved)  # models of earlier versions have none
 
 
 # A network alone

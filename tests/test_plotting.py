@@ -1,6 +1,7 @@
 import sys
 
 import matplotlib
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from madad import plotting
-from madad.plotting import summary_figure
+from madad.plotting import _cuts, summary_figure, volume_figure
 
 
 @pytest.fixture
@@ -103,3 +104,84 @@ def test_missing_matplotlib_says_what_to_install(panels, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'matplotlib must be installed .* pip install "madad\[plot\]"'):
         summary_figure(tmp_path / "summary.png", **panels)
     assert not list(tmp_path.iterdir())
+
+
+# Volumes
+
+
+@pytest.fixture
+def volume():
+    """A scan, its map, and where it lies: oblique and left-handed."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((24, 30, 20), np.float32)
+    image[3:-3, 3:-3, 3:-3] = rng.uniform(100, 300, (18, 24, 14))
+    anomaly_map = np.zeros(image.shape, np.float32)
+    anomaly_map[12:17, 8:14, 6:12] = 0.9
+    linear = nib.eulerangles.euler2mat(z=0.2, x=0.1) @ np.diag([-2.0, 2, 3])
+    affine = nib.affines.from_matvec(linear, [20, -30, -10])
+    return {"image": image, "anomaly_map": anomaly_map, "affine": affine, "threshold": 0.5}
+
+
+@pytest.fixture
+def lesion(volume):
+    lesion = np.zeros(volume["image"].shape, bool)
+    lesion[13:18, 9:15, 6:12] = True
+    return lesion
+
+
+def test_cuts_go_where_most_of_the_region_is_seen(volume):
+    region = np.zeros((24, 30, 20), bool)
+    region[2:8, 5, 7] = region[4, 3:12, 7] = region[4, 5, 1:19] = True  # three lines that meet
+    region[20, 25, 15] = True
+    expected = nib.affines.apply_affine(volume["affine"], [4, 5, 7])
+    np.testing.assert_allclose(_cuts(region, volume["affine"]), expected)
+    middle = nib.affines.apply_affine(volume["affine"], [11.5, 14.5, 9.5])
+    np.testing.assert_allclose(_cuts(np.zeros_like(region), volume["affine"]), middle)
+
+
+@pytest.mark.parametrize("drawn_lesion", ["none", "empty", "some"])
+@pytest.mark.parametrize("title", [None, "sub-01 T1"])
+def test_a_volume_is_drawn_whole(volume, lesion, drawn_lesion, title, drawn, tmp_path):
+    pytest.importorskip("nilearn", reason="volumes are drawn by nilearn")
+    mask = {"none": None, "empty": np.zeros_like(lesion), "some": lesion}[drawn_lesion]
+    path = volume_figure(str(tmp_path / "volume.png"), **volume, lesion_mask=mask, title=title)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["volume.png"] and path == tmp_path / "volume.png"
+    picture = plt.imread(path)
+    assert picture.shape[:2] == (round(5.6 * 110), round(8.4 * 110)) and picture.std() > 0.1
+    texts = [text.get_text() for axis in drawn[0].axes for text in axis.texts]
+    assert ("sub-01 T1" in texts) == (title is not None)
+    red, green, blue = (picture[..., channel] for channel in range(3))
+    n_cyan = np.count_nonzero((green > 0.9) & (blue > 0.9) & (red < 0.2))
+    assert (n_cyan > 50) == (drawn_lesion == "some")
+    assert np.count_nonzero((green > 0.9) & (red > 0.9) & (blue < 0.2)) > 50  # yellow: the map's outline
+    assert not plt.get_fignums()
+
+
+def test_a_map_that_reaches_no_threshold_has_no_outline(volume, tmp_path):
+    pytest.importorskip("nilearn", reason="volumes are drawn by nilearn")
+    volume |= {"anomaly_map": np.zeros(volume["image"].shape), "image": np.zeros(volume["image"].shape)}
+    picture = plt.imread(volume_figure(tmp_path / "volume.png", **volume))
+    red, green, blue = (picture[..., channel] for channel in range(3))
+    assert not ((green > 0.9) & (red > 0.9) & (blue < 0.2)).any()
+
+
+def test_an_interrupted_volume_leaves_the_old_file(volume, tmp_path, monkeypatch):
+    pytest.importorskip("nilearn", reason="volumes are drawn by nilearn")
+    (tmp_path / "volume.png").write_bytes(b"before")
+
+    def fail(self, file, **kwargs):
+        file.write_bytes(b"half a pict")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="No space left"):
+        volume_figure(tmp_path / "volume.png", **volume)
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"before"]
+    assert not plt.get_fignums()
+
+
+def test_missing_nilearn_says_what_to_install(volume, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nilearn", None)
+    with pytest.raises(ImportError, match=r'nilearn must be installed .* pip install "madad\[plot\]"'):
+        volume_figure(tmp_path / "volume.png", **volume)
+    assert not list(tmp_path.iterdir()) and not plt.get_fignums()

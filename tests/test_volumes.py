@@ -8,7 +8,7 @@ from madad.mri.preprocessing import PreprocessedVolume, VolumePreprocessor
 from madad.mri.registration import AffineRegistration
 from madad.mri.slices import VolumeSlicer
 from madad.testing import tiny_detector
-from madad.volumes import find_components, predict_volume
+from madad.volumes import find_components, predict_volume, slices_of_contrasts
 
 
 class Mirror:
@@ -154,3 +154,57 @@ def test_parameters_out_of_range_are_named(name, value):
     slicer = VolumeSlicer(spacing_mm=None).fit([volume.volume])
     with pytest.raises(ValueError, match=f"{name} must"):
         predict_volume(Mirror(), volume, slicer, **{name: value})
+
+
+def contrasts(grid="oblique"):
+    """A scan and two others of it, on one grid."""
+    image = scan(GRIDS[grid])
+    others = [nib.Nifti1Image(factor * image.get_fdata(), image.affine) for factor in (0.5, 0.25)]
+    brain = read_volume(image).values > 0
+    return VolumePreprocessor(template=False, center=None).preprocess_contrasts([image, *others], brain)
+
+
+@pytest.mark.parametrize("plane", AXES)
+@pytest.mark.parametrize("spacing_mm", [None, 1.3])
+def test_contrasts_are_channels_in_order(plane, spacing_mm):
+    volumes = contrasts("anisotropic" if spacing_mm else "permuted")
+    slicer = VolumeSlicer(plane, spacing_mm=spacing_mm).fit([volumes[0].volume])
+    images, masks, geometry = slices_of_contrasts(slicer, volumes)
+    assert images.shape == (len(masks), 3, *slicer.shape_) and images.dtype == np.float32
+    for channel, volume in enumerate(volumes):
+        alone, its_masks, its_geometry = slices_of_contrasts(slicer, [volume])
+        np.testing.assert_array_equal(images[:, channel], alone)
+        np.testing.assert_array_equal(masks, its_masks)
+        assert geometry == its_geometry
+    np.testing.assert_allclose(images[:, 2], 0.25 * images[:, 0], rtol=1e-5)
+    turned = slices_of_contrasts(slicer, volumes[::-1])[0]
+    np.testing.assert_array_equal(turned, images[:, ::-1])
+
+
+def test_a_map_of_contrasts_is_on_the_grid_of_the_first():
+    class OfChannel:
+        map_threshold_ = 0.3
+
+        def __init__(self, channel):
+            self.channel = channel
+
+        def predict_maps(self, images, *, brain_mask):
+            return np.where(brain_mask, images[:, self.channel], 0)
+
+    volumes = contrasts()
+    slicer = VolumeSlicer(spacing_mm=None).fit([volumes[0].volume])
+    for channel, volume in enumerate(volumes):
+        prediction = predict_volume(OfChannel(channel), volumes, slicer)
+        np.testing.assert_allclose(prediction.anomaly_map, volume.volume.values, atol=1e-6)
+        assert prediction.preprocessed is volumes[0]
+
+
+def test_contrasts_on_different_grids_are_refused():
+    first, second = contrasts()[0], contrasts("plain")[1]
+    slicer = VolumeSlicer(spacing_mm=None).fit([first.volume])
+    for call in (
+        lambda: slices_of_contrasts(slicer, [first, second]),
+        lambda: predict_volume(Mirror(), [first, second], slicer),
+    ):
+        with pytest.raises(ValueError, match="volumes must lie on one grid, got .* mm between corners"):
+            call()

@@ -44,13 +44,20 @@ class HealthyIntensities:
     total: np.ndarray = field(default_factory=_no_cubes)
     count: np.ndarray = field(default_factory=_no_cubes)
 
-    def add(self, volume: PreprocessedVolume):
-        """Take in a healthy volume."""
+    def add(self, volume: PreprocessedVolume, *, in_template: bool = True):
+        """Take in a healthy volume.
+
+        Parameters
+        ----------
+        volume : PreprocessedVolume
+        in_template : bool
+            False: its registration, if any, is to another contrast on a grid of its own.
+        """
         values = volume.volume.values
         deciles = brain_deciles(values, volume.brain_mask)
         self.deciles = (self.deciles * self.n + deciles) / (self.n + 1)
         self.n += 1
-        if volume.registration is not None:
+        if in_template and volume.registration is not None:
             means, inside = _cubes(values, volume.brain_mask)
             if not self.total.size:
                 self.total, self.count = np.zeros_like(means), np.zeros_like(means)
@@ -78,7 +85,7 @@ class HealthyIntensities:
         if np.count_nonzero(tissue) < _N_CUBES:
             return None
         dark, light = np.quantile(healthy[tissue], [0.3, 0.7])
-        is_dark, is_light = tissue & (healthy < dark), tissue & (healthy > light)
+        is_dark, is_light = tissue & (healthy <= dark), tissue & (healthy >= light)
 
         def difference(values):
             return float(np.median(values[is_light]) - np.median(values[is_dark]))

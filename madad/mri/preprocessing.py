@@ -14,6 +14,9 @@ from madad.mri.registration import AffineRegistration, Template, mni_template, r
 
 MIN_COVERED = 0.8
 """Least share of the first contrast's brain that each other contrast must show."""
+MAX_STRETCH = 1.2
+"""Most that one person's brain may differ in length between contrasts; more is a failed registration."""
+_LEAST_SHARE = 0.05  # of brain in what is interpolated between, to be its mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +187,8 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         Raises
         ------
         ImportError, ValueError
-            As `preprocess`, for any of them; or if a volume shows less than four fifths of the brain.
+            As `preprocess`, for any of them; or if a volume shows less than four fifths of the brain, or
+            fits it only when stretched by more than a fifth, as one does that shows a part alone.
 
         Notes
         -----
@@ -221,9 +225,7 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         template = mni_template()
         shape, affine, matrix = template.values.shape, template.affine, registration.matrix
         inside = resample_mask(brain, source.affine, shape, affine, matrix)
-        moved = resample_to(np.where(brain, values, 0), source.affine, shape, affine, matrix)
-        share = resample_to(brain.astype(np.float32), source.affine, shape, affine, matrix)
-        moved = moved / np.maximum(share, 0.5)  # at the border a mean of brain alone
+        moved, _ = _mean_of_brain(values, brain, source.affine, shape, affine, matrix)
         image = nib.Nifti1Image(self._scaled(moved, inside, source.name), affine)
         image.header.set_xyzt_units("mm")
         image.set_sform(affine, code="mni")
@@ -240,11 +242,20 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         to_first = register_affine(
             values, other.affine, own_brain, template=Template(first.values, brain, first.affine)
         )
+        lengths = np.linalg.svd(to_first.matrix[:3, :3], compute_uv=False)
+        stretch = max(lengths.max(), 1 / lengths.min())
+        if stretch > MAX_STRETCH:
+            raise ValueError(
+                f"volumes must show the same brain, got {other.name}, which fits {first.name} only when "
+                f"stretched {stretch:.2f} times. Leave this contrast out."
+            )
         matrix = (
             to_first.matrix if place.registration is None else place.registration.matrix @ to_first.matrix
         )
         grid, inside = place.volume, place.brain_mask
-        moved = resample_to(values, other.affine, grid.shape, grid.affine, matrix)
+        moved, is_brain = _mean_of_brain(values, own_brain, other.affine, grid.shape, grid.affine, matrix)
+        beyond = resample_to(values, other.affine, grid.shape, grid.affine, matrix)
+        moved = np.where(is_brain, moved, beyond)
         seen = resample_mask(np.ones(other.shape, bool), other.affine, grid.shape, grid.affine, matrix)
         covered = np.count_nonzero(seen & inside) / np.count_nonzero(inside)
         if covered < MIN_COVERED:
@@ -274,6 +285,13 @@ def _mask_on(source, mask):
     mask = read_volume(mask)
     check_same_grid(source, mask)
     return check_brain_mask(mask.values, source.values)
+
+
+def _mean_of_brain(values, brain, affine, shape, target_affine, matrix):
+    """A volume on another grid, at the border of the brain a mean of brain alone, and where there is any."""
+    total = resample_to(np.where(brain, values, 0), affine, shape, target_affine, matrix)
+    share = resample_to(brain.astype(np.float32), affine, shape, target_affine, matrix)
+    return total / np.maximum(share, _LEAST_SHARE), share > _LEAST_SHARE
 
 
 def _resampled(values, affine, target, matrix):

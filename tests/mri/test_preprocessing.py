@@ -1,6 +1,7 @@
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 from sklearn.base import clone
 
 from madad.mri.grids import resample_to
@@ -107,3 +108,104 @@ def test_what_cannot_be_scaled_names_its_file(stripped, tmp_path):
     mask = np.ones(read_volume(stripped).shape, bool)
     with pytest.raises(ValueError, match=r"low\.nii: images must have a positive median"):
         VolumePreprocessor(template=False).preprocess(tmp_path / "low.nii", mask)
+
+
+# Contrasts of one subject
+
+
+MOVED = nib.affines.from_matvec(nib.eulerangles.euler2mat(z=0.12, y=-0.08, x=0.1), [7.0, -9.0, 5.0])
+
+
+def other_contrast(scan):
+    """The same grid, other intensities, also where there was none."""
+    return nib.Nifti1Image(700 - 0.5 * scan.get_fdata(), scan.affine)
+
+
+def moved_brain(shape=(52, 80, 40)):
+    """The template's brain with light and dark exchanged, turned by `MOVED`, on its own grid of 35 mm^3."""
+    template = mni_template()
+    affine = MOVED @ nib.affines.from_matvec(np.diag([3.5, 2.5, 4.0]), [-85, -120, -70])
+    values = np.where(template.brain_mask, 1100 - 1000 * template.values, 0)
+    return nib.Nifti1Image(resample_to(values, template.affine, shape, affine, MOVED), affine)
+
+
+def test_contrasts_on_one_grid_share_brain_and_place(stripped):
+    first, second = VolumePreprocessor(template=False).preprocess_contrasts(
+        [stripped, other_contrast(stripped)]
+    )
+    np.testing.assert_array_equal(second.brain_mask, first.brain_mask)
+    assert second.registration is None and second.brain_made_by == first.brain_made_by == "stripped"
+    np.testing.assert_array_equal(
+        first.volume.values, VolumePreprocessor(template=False).preprocess(stripped).volume.values
+    )
+    inside = first.brain_mask
+    expected = read_volume(other_contrast(stripped)).values[inside]
+    np.testing.assert_allclose(
+        second.volume.values[inside], np.clip(0.4 * expected / np.median(expected), 1 / 255, 1), rtol=1e-5
+    )
+
+
+def test_contrasts_on_one_grid_have_one_matrix():
+    pytest.importorskip("SimpleITK", reason="registration needs the extra mri")
+    pytest.importorskip("nilearn", reason="the template comes with nilearn")
+    scan = tilted_brain()
+    first, second = VolumePreprocessor().preprocess_contrasts([scan, other_contrast(scan)])
+    assert second.registration is first.registration
+    np.testing.assert_array_equal(second.brain_mask, first.brain_mask)
+    np.testing.assert_array_equal(second.volume.affine, first.volume.affine)
+    inside = first.brain_mask
+    assert np.corrcoef(first.volume.values[inside], second.volume.values[inside])[0, 1] < -0.95
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_another_grid_is_registered_to_the_first(template):
+    pytest.importorskip("SimpleITK", reason="registration needs the extra mri")
+    pytest.importorskip("nilearn", reason="the template comes with nilearn")
+    first, second = VolumePreprocessor(template=template).preprocess_contrasts(
+        [tilted_brain(), moved_brain()]
+    )
+    np.testing.assert_array_equal(second.brain_mask, first.brain_mask)
+    np.testing.assert_array_equal(second.volume.affine, first.volume.affine)
+    assert (first.registration is None) == (not template) and second.registration.overlap > 0.95
+    # voxels of the second are where they were before it moved
+    matrix = second.registration.matrix
+    if template:
+        matrix = np.linalg.inv(first.registration.matrix) @ matrix
+    world = nib.affines.apply_affine(second.source.affine, np.argwhere(second.source.values > 0))
+    before = nib.affines.apply_affine(np.linalg.inv(MOVED), world)
+    apart_mm = np.linalg.norm(nib.affines.apply_affine(matrix, world) - before, axis=1)
+    assert np.linalg.norm(world - before, axis=1).mean() > 10
+    assert apart_mm.max() < 1.5
+    deep = ndimage.binary_erosion(first.brain_mask, iterations=5 if template else 2)
+    values, others = first.volume.values, second.volume.values
+    assert np.corrcoef(values[deep], others[deep])[0, 1] < -0.9
+    border = first.brain_mask & ~ndimage.binary_erosion(first.brain_mask)
+    assert np.median(others[border]) > np.median(others[deep])  # fluid, and nothing of the background
+    # what is drawn on the second
+    lesion = np.zeros(second.source.shape, bool)
+    lesion[20:32, 30:46, 14:22] = True
+    there = second.from_source(lesion)
+    place = first.volume.affine @ [*np.argwhere(there).mean(axis=0), 1]
+    if template:
+        place = np.linalg.inv(first.registration.matrix) @ place
+    expected = np.linalg.inv(MOVED) @ second.source.affine @ [*np.argwhere(lesion).mean(axis=0), 1]
+    np.testing.assert_allclose(place, expected, atol=1.5)
+    back = second.to_source(there)
+    assert 2 * (back & lesion).sum() / (back.sum() + lesion.sum()) > 0.85
+
+
+@pytest.mark.parametrize(
+    ("template", "slices", "message"),
+    [
+        (False, slice(0, 18), r"show 80% of the brain, got 3\d% in .*slab\.nii"),
+        (True, slice(0, 18), r"show 80% of the brain, got 3\d% in .*slab\.nii"),
+        (False, slice(20, 32), r"show the same brain, got .*slab\.nii, which fits .* when stretched 1\.\d\d"),
+    ],
+)
+def test_a_contrast_that_shows_too_little_is_refused(template, slices, message, tmp_path):
+    pytest.importorskip("SimpleITK", reason="registration needs the extra mri")
+    pytest.importorskip("nilearn", reason="the template comes with nilearn")
+    slab = moved_brain().slicer[:, :, slices]
+    nib.save(slab, tmp_path / "slab.nii")
+    with pytest.raises(ValueError, match=f"volumes must {message}.*Leave this contrast out"):
+        VolumePreprocessor(template=template).preprocess_contrasts([tilted_brain(), tmp_path / "slab.nii"])
