@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import json
 import os
 import shutil
@@ -205,12 +203,8 @@ def changes(before: dict, after: dict) -> str:
 def table_text(columns: Iterable[str], rows: Iterable[dict]) -> str:
     """Rows as BIDS wants tables: tabs between columns, n/a for what is missing."""
     columns = list(columns)
-    file = io.StringIO()
-    writer = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, escapechar="\\")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_cell(row.get(column)) for column in columns])
-    return file.getvalue()
+    lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    return "".join("\t".join(line) + "\n" for line in lines)
 
 
 def _cell(value: Any) -> str:

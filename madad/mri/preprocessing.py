@@ -212,7 +212,10 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
 
     def _brain_of(self, source, given=None):
         method = "auto" if given is not None else self.brain
-        return find_brain(source.values, source.affine, given=given, method=method)
+        try:
+            return find_brain(source.values, source.affine, given=given, method=method)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {error}") from error
 
     def _corrected(self, source, brain):
         return correct_bias(source.values, source.affine, brain) if self.bias_field else source.values
@@ -230,7 +233,8 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         image.header.set_xyzt_units("mm")
         image.set_sform(affine, code="mni")
         image.set_qform(affine, code="mni")
-        return PreprocessedVolume(read_volume(image), source, made_by, registration)
+        on_template = replace(read_volume(image), path=source.path)  # for messages
+        return PreprocessedVolume(on_template, source, made_by, registration)
 
     def _beside(self, place, first, brain, other):
         """Another contrast of the subject, on the grid that the first was brought to."""
