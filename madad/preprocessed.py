@@ -155,6 +155,8 @@ def write_preprocessed(
 def is_preprocessed_whole(folder: Derivative, scan: Scan, *, template: bool) -> bool:
     """Whether all contrasts of a scan, and its lesion mask, are there."""
     space = TEMPLATE_SPACE if template else None
+    if not set(scan.images) <= set(NAMES):
+        return False
     names = [bids_name(contrast) for contrast in scan.images]
     endings = [(f"desc-preproc_{suffix}.json", entity) for entity, suffix in names]
     if scan.lesion_mask is not None:

@@ -18,6 +18,7 @@ from madad.model_card import preprocessing_of
 from madad.mri import VolumePreprocessor
 from madad.preprocessed import (
     STEP,
+    bids_name,
     is_preprocessed_whole,
     preprocess_scan,
     write_preprocessed,
@@ -71,6 +72,8 @@ def run(options: argparse.Namespace) -> int:
         )
 
     def work(scan: Scan) -> list[str]:
+        for contrast in scan.images:
+            bids_name(contrast)
         with noted_warnings() as noted:
             volumes = preprocess_scan(preprocessor, scan)
         return write_preprocessed(folder, scan, volumes, noted)

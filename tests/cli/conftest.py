@@ -1,6 +1,8 @@
 import contextlib
+import gzip
 import io
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -45,3 +47,173 @@ def write_slices():
         return path
 
     return write
+
+
+SHAPE, SPACING_MM = (36, 44, 36), 4.0
+
+
+def _brain(seed, *, contrast="T1", lesion=False):
+    """A stripped brain of 4 mm voxels, 0.9 litres: an ellipsoid with a light core and a darker rim."""
+    rng = np.random.default_rng(seed)
+    places = np.stack(np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in SHAPE), indexing="ij"))
+    radius = np.sqrt(sum((axis / half) ** 2 for axis, half in zip(places, (14, 17, 14), strict=True)))
+    inside = radius < 1
+    light, dark = (110, 80) if contrast == "T1" else (80, 110)
+    values = np.where(radius < 0.7, light, dark) + rng.normal(0, 4, SHAPE)
+    mask = np.zeros(SHAPE, bool)
+    if lesion:
+        mask[14:20, 20:27, 15:21] = True
+        values = np.where(mask, 30, values)
+    return np.where(inside, values.clip(1), 0), inside, mask & inside
+
+
+def _save(path, values, *, affine=None, dtype=np.float32):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if affine is None:
+        affine = np.diag([SPACING_MM] * 3 + [1.0])
+        affine[:3, 3] = [-70, -90, -60]
+    image = nib.Nifti1Image(np.asarray(values, dtype), affine)
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+    return path
+
+
+def _write_table(path, rows):
+    columns = ("subject", "contrast", "image", "brain_mask", "lesion_mask")
+    lines = [columns, *([str(row.get(column, "n/a")) for column in columns] for row in rows)]
+    path.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def brain():
+    """``brain(seed)``: values, brain mask and lesion mask of a small stripped volume."""
+    return _brain
+
+
+@pytest.fixture(scope="session")
+def save():
+    """``save(path, values)``: write a NIfTI file."""
+    return _save
+
+
+@pytest.fixture(scope="session")
+def write_table():
+    """``write_table(path, rows)``: a table of scans."""
+    return _write_table
+
+
+@pytest.fixture(scope="session")
+def healthy(tmp_path_factory):
+    """A table of five healthy T1 volumes."""
+    folder = tmp_path_factory.mktemp("healthy")
+    rows = [
+        {"subject": f"h{i}", "contrast": "T1", "image": _save(folder / f"h{i}.nii.gz", _brain(i)[0])}
+        for i in range(5)
+    ]
+    return _write_table(folder / "healthy.tsv", rows)
+
+
+@pytest.fixture(scope="session")
+def patients(tmp_path_factory):
+    """A table of three T1 volumes with lesion masks."""
+    folder = tmp_path_factory.mktemp("patients")
+    rows = []
+    for i in range(3):
+        values, _, lesion = _brain(50 + i, lesion=True)
+        image, mask = folder / f"p{i}.nii.gz", folder / f"p{i}_lesion.nii.gz"
+        rows.append({"subject": f"p{i}", "contrast": "T1"})
+        rows[-1] |= {"image": _save(image, values), "lesion_mask": _save(mask, lesion, dtype=np.uint8)}
+    return _write_table(folder / "patients.tsv", rows)
+
+
+@pytest.fixture(scope="session")
+def prepared(healthy, tmp_path_factory):
+    """The healthy volumes, preprocessed on their own grids."""
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    assert _run("preprocess", healthy, out, "--no-template", "--quiet")[0] == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def model(prepared, tmp_path_factory):
+    """A tiny model of the healthy volumes."""
+    path = tmp_path_factory.mktemp("model") / "t1"
+    status, _, errors = _run("fit", prepared, path, *TINY)
+    assert status == 0, errors
+    return path
+
+
+TINY = ("--preset", "tiny", "--spacing-mm", "4", "--device", "cpu", "--quiet")
+
+
+def _tree(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="session")
+def tree():
+    """``tree(folder)``: the bytes of each file below it, by relative path."""
+    return _tree
+
+
+@pytest.fixture(scope="session")
+def rows_of():
+    """``rows_of(path)``: a table as one dict for each row."""
+
+    def read(path):
+        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        names = header.split("\t")
+        return [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+
+    return read
+
+
+@pytest.fixture
+def bad_cohort(tmp_path):
+    """A table of four good scans among bad ones, and of each bad one how it is mended and what is said."""
+    folder = tmp_path / "bad"
+    good = _save(folder / "good.nii.gz", _brain(60)[0])
+    values = _brain(61)[0]
+    paths = {}
+
+    def mended(name):
+        return lambda: paths[name].write_bytes(good.read_bytes())
+
+    whole = good.read_bytes()
+    paths["truncated"] = folder / "truncated.nii.gz"
+    paths["truncated"].write_bytes(whole[: len(whole) // 2])
+    paths["text"] = folder / "text.nii.gz"
+    paths["text"].write_bytes(gzip.compress(b"no image at all" * 50))
+    paths["dicom"] = folder / "dicom.nii.gz"
+    paths["dicom"].write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 400)
+    paths["series"] = _save(folder / "series.nii.gz", np.stack([values] * 3, axis=-1))
+    paths["allnan"] = _save(folder / "allnan.nii.gz", np.full(SHAPE, np.nan))
+    paths["constant"] = _save(folder / "constant.nii.gz", np.full(SHAPE, 7.0))
+    paths["small"] = _save(folder / "small.nii.gz", np.where(_brain(62)[0] > 130, 1.0, 0.0))
+    paths["missing"] = folder / "missing.nii.gz"
+    paths["maskgrid"] = _save(folder / "maskgrid.nii.gz", values)
+    other_grid = _save(folder / "maskgrid_brain.nii.gz", np.ones((9, 9, 9)), dtype=np.uint8)
+    said = dict.fromkeys(paths, "") | {
+        **dict.fromkeys(("truncated", "text"), "whole NIfTI file"),
+        **{"dicom": "dcm2niix", "series": "one volume", "allnan": "finite", "constant": "brain"},
+        **{"small": "brain", "missing": "existing file", "maskgrid": "one grid"},
+    }
+    somenan = values.copy()
+    somenan[0, 0, :5] = np.nan
+    paths |= {
+        "good": good,
+        "zgood": good,
+        "somenan": _save(folder / "somenan.nii.gz", somenan),
+        "negative": _save(folder / "negative.nii.gz", np.where(np.indices(SHAPE)[0] == 0, -3, values)),
+    }
+    rows = [{"subject": name, "contrast": "T1", "image": path} for name, path in sorted(paths.items())]
+    for row in rows:
+        if row["subject"] == "maskgrid":
+            row["brain_mask"] = other_grid
+    table = _write_table(tmp_path / "bad.tsv", rows)
+    inside = _save(folder / "inside.nii.gz", values > 0, dtype=np.uint8)
+    repair = {name: (mended(name), text) for name, text in said.items()}
+    repair["maskgrid"] = (lambda: other_grid.write_bytes(inside.read_bytes()), said["maskgrid"])
+    return table, repair
