@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from madad._files import whole_file
 from madad._version import __version__
 from madad.datasets import Scan, scan_name
 
@@ -222,19 +221,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write text, whole or not at all; an OSError names the file and what to do."""
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        try:
-            scratch.write_text(text, encoding="utf-8", newline="")
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(
-            error.errno or errno.EIO,
-            f"path must be in a folder that can be written to, got {str(path)!r} "
-            f"({error.strerror or error}). Change its permissions or free space.",
-        ) from error
+    with whole_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", newline="")
 
 
 def read_json(path: Path) -> dict:

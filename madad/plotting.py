@@ -7,6 +7,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from madad._files import whole_file
+
 
 def summary_figure(
     path,
@@ -177,11 +179,9 @@ def require_matplotlib():
 def save_figure(figure, path: Path) -> Path:
     """Write a figure, whole or not at all, and close it."""
     plt = require_matplotlib()
-    scratch = path.with_name(f".{path.name}.partial")
     try:
-        figure.savefig(scratch, dpi=110, format=path.suffix.removeprefix(".") or "png")
-        scratch.replace(path)
+        with whole_file(path) as scratch:
+            figure.savefig(scratch, dpi=110, format=path.suffix.removeprefix(".") or "png")
     finally:
-        scratch.unlink(missing_ok=True)
         plt.close(figure)
     return path

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,45 +216,12 @@ def fit_volumes(
     aggregation = aggregation or {}
     order = range(len(subjects))
     slicer = _fitted(slicer, (read(i).contrasts[0] for i in over(order, "sizes")))
-    healthy = {name: HealthyIntensities() for name in contrasts}
-    owners: list[int] = []
-    with_lesion: set[int] = set()
-    n_with_lesion = 0
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=scratch, prefix="slices-")))
-        images_file = stack.enter_context(open(folder / "images", "wb"))
-        masks_file = stack.enter_context(open(folder / "masks", "wb"))
-        for i in over(order, "slices"):
-            volume = read(i)
-            images, masks, geometry = slices_of_contrasts(slicer, volume.contrasts)
-            kept = np.ones(len(images), bool)
-            if volume.lesion_mask is not None:
-                lesion = (volume.lesion_mask > 0).astype(np.float32)  # floats: no voxel falls between pixels
-                kept = ~geometry.to_slices(lesion).any(axis=(1, 2))
-                if lesion.any():
-                    with_lesion.add(i)
-            else:
-                for name, one in zip(contrasts, volume.contrasts, strict=True):
-                    healthy[name].add(one, in_template=volume.contrasts[0].registration is not None)
-            n_with_lesion += int(np.count_nonzero(~kept))
-            owners += [i] * np.count_nonzero(kept)
-            images_file.write(np.ascontiguousarray(images[kept], np.float32).data)
-            masks_file.write(np.ascontiguousarray(masks[kept], bool).data)
-        images_file.close()
-        masks_file.close()
-        if not owners:
-            raise ValueError(
-                f"DATA must hold slices without lesion, got none in {len(subjects)} volumes. "
-                "Train on healthy volunteers."
-            )
-        shape = (len(owners), *images.shape[1:])
-        images = np.memmap(folder / "images", np.float32, "r", shape=shape)
-        masks = np.memmap(folder / "masks", bool, "r", shape=(len(owners), *shape[-2:]))
-        groups = np.asarray(subjects)[owners]
-        detector.fit(images, brain_mask=masks, groups=groups)
-        held_out = list(dict.fromkeys(np.asarray(owners)[detector.calibration_rows_].tolist()))
-        intensities = _intensity_thresholds(images, masks, groups, detector)
-        del images, masks
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="slices-") as folder:
+        slices = _slices_on_disk(Path(folder), slicer, read, over(order, "slices"), contrasts)
+        groups = np.asarray(subjects)[slices.owners]
+        detector.fit(slices.images, brain_mask=slices.masks, groups=groups)
+        held_out = list(dict.fromkeys(slices.owners[detector.calibration_rows_].tolist()))
+        intensities = _intensity_thresholds(slices.images, slices.masks, groups, detector)
     card = ModelCard(
         contrasts=tuple(contrasts),
         preprocessor=preprocessor,
@@ -265,16 +231,66 @@ def fit_volumes(
         data={
             "subjects": len(set(subjects)),
             "volumes": len(subjects),
-            "slices": len(owners),
-            "slices_with_lesion_left_out": n_with_lesion,
+            "slices": len(slices.owners),
+            "slices_with_lesion_left_out": slices.n_with_lesion,
             "held_out_volumes": len(held_out),
         }
         | (data or {}),
-        healthy={name: one for name, one in healthy.items() if one.n},
+        healthy={name: one for name, one in slices.healthy.items() if one.n},
     )
     model = VolumeModel(detector, card)
-    calibrating = [i for i in held_out if i not in with_lesion][:MAX_CALIBRATION_VOLUMES]
+    calibrating = [i for i in held_out if i not in slices.with_lesion][:MAX_CALIBRATION_VOLUMES]
     return _calibrated(model, (read(i) for i in over(calibrating, "thresholds")))
+
+
+class _Slices(NamedTuple):
+    """All slices that a model is fitted to, on disk."""
+
+    images: np.ndarray  # (n, H, W) or (n, C, H, W)
+    masks: np.ndarray  # (n, H, W)
+    owners: np.ndarray  # (n,): of which volume
+    healthy: dict[str, HealthyIntensities]
+    with_lesion: set[int]  # volumes
+    n_with_lesion: int  # slices, which are left out
+
+
+def _slices_on_disk(
+    folder: Path,
+    slicer: VolumeSlicer,
+    read: Callable[[int], HealthyVolume],
+    order: Iterable[int],
+    contrasts: Sequence[str],
+) -> _Slices:
+    """Cut one volume after the other, and take in what healthy ones look like."""
+    healthy = {name: HealthyIntensities() for name in contrasts}
+    owners: list[int] = []
+    with_lesion: set[int] = set()
+    n_with_lesion, shape = 0, (0, 0)
+    with open(folder / "images", "wb") as images_file, open(folder / "masks", "wb") as masks_file:
+        for i in order:
+            volume = read(i)
+            images, masks, geometry = slices_of_contrasts(slicer, volume.contrasts)
+            kept = np.ones(len(images), bool)
+            if volume.lesion_mask is not None:
+                lesion = (volume.lesion_mask > 0).astype(np.float32)  # floats: no voxel falls between pixels
+                kept = ~geometry.to_slices(lesion).any(axis=(1, 2))
+                with_lesion |= {i} if lesion.any() else set()
+            else:
+                for name, one in zip(contrasts, volume.contrasts, strict=True):
+                    healthy[name].add(one, in_template=volume.contrasts[0].registration is not None)
+            n_with_lesion += int(np.count_nonzero(~kept))
+            owners += [i] * np.count_nonzero(kept)
+            images_file.write(np.ascontiguousarray(images[kept], np.float32).data)
+            masks_file.write(np.ascontiguousarray(masks[kept], bool).data)
+            shape = images.shape[1:]
+    if not owners:
+        raise ValueError(
+            f"DATA must hold slices without lesion, got {n_with_lesion} with one and none without. "
+            "Train on healthy volunteers."
+        )
+    all_images = np.memmap(folder / "images", np.float32, "r", shape=(len(owners), *shape))
+    all_masks = np.memmap(folder / "masks", bool, "r", shape=(len(owners), *shape[-2:]))
+    return _Slices(all_images, all_masks, np.array(owners), healthy, with_lesion, n_with_lesion)
 
 
 def model_hash(path) -> str:

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "madad"
 
 LEVELS = [
-    {"_version", "_tensors", "_random", "_validation", "_unpickling", "_callbacks", "_hashing"},
+    {"_version", "_files", "_tensors", "_random", "_validation", "_unpickling", "_callbacks", "_hashing"},
     {"mri"},
     {"anomaly_map", "metrics", "diffusion", "nn", "datasets"},
     {

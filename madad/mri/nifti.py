@@ -1,10 +1,8 @@
 """NIfTI volumes: read in closest-canonical orientation, write back on the grid of the original file."""
 
-import errno
 import gzip
 import itertools
 import os
-import uuid
 import warnings
 import zlib
 from contextlib import contextmanager
@@ -16,6 +14,8 @@ import numpy as np
 from nibabel import orientations
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+
+from madad._files import whole_file
 
 GZIP_LEVEL = 1
 """Level of compression that nibabel uses too; higher ones take several times as long for a tenth less."""
@@ -252,25 +252,12 @@ def write_like(path, values, volume, *, dtype=np.float32):
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise ValueError(f"path must end in .nii or .nii.gz, got {str(path)!r}. Rename it.")
     image = _image_on_original_grid(values, volume, np.dtype(dtype))
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        try:
-            with open(scratch, "xb") as file:
-                if path.suffix.lower() == ".gz":
-                    with gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
-                        image.to_stream(packed)
-                else:
-                    image.to_stream(file)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
-    except OSError as error:
-        # OSError itself picks the subclass, such as PermissionError, by the number.
-        raise OSError(
-            error.errno or errno.EIO,
-            f"path must be in a folder that can be written to, got {str(path)!r} "
-            f"({error.strerror or error}). Create the folder, change its permissions or free space.",
-        ) from error
+    with whole_file(path) as scratch, open(scratch, "xb") as file:
+        if path.suffix.lower() == ".gz":
+            with gzip.GzipFile("", "wb", GZIP_LEVEL, file, mtime=0) as packed:
+                image.to_stream(packed)
+        else:
+            image.to_stream(file)
 
 
 def _image_on_original_grid(values, volume, dtype):
