@@ -134,11 +134,16 @@ class Derivative:
         return folder / "anat" / "_".join(part for part in parts if part)
 
     def clear(self, scan: Scan) -> None:
-        """Make the scan's folder, and take away what an interrupted run left half-written in it."""
-        folder = self.path(scan, "x").parent
-        folder.mkdir(parents=True, exist_ok=True)
-        for scratch in folder.glob(f".{scan_name(scan)}_*.tmp"):
-            scratch.unlink(missing_ok=True)
+        """Make the scan's folder, without what earlier runs wrote of the scan, whole or half."""
+        self.remove(scan)
+        self.path(scan, "x").parent.mkdir(parents=True, exist_ok=True)
+
+    def remove(self, scan: Scan) -> None:
+        """Take away what there is of the scan: sidecars first, so that it is not done in between."""
+        folder, name = self.path(scan, "x").parent, scan_name(scan)
+        of_scan = [*folder.glob(f"{name}_*"), *folder.glob(f".{name}_*.tmp")]
+        for path in sorted(of_scan, key=lambda path: path.suffix != ".json"):
+            path.unlink(missing_ok=True)
 
     def source_uri(self, path) -> str:
         """A file of the source as a BIDS URI."""
@@ -174,13 +179,19 @@ class Derivative:
             "error": type(error).__name__,
             "message": " ".join(str(error).split()),
         }
-        folder = self.root / _STATE / "errors"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / f"{scan_name(scan)}.json", row)
+        self._failure(scan).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._failure(scan), row)
+
+    def has_failed(self, scan: Scan) -> bool:
+        """Whether the scan failed when it was last tried; results of an earlier time may be there."""
+        return self._failure(scan).is_file()
 
     def succeed(self, scan: Scan) -> None:
         """Forget an earlier failure of the scan."""
-        (self.root / _STATE / "errors" / f"{scan_name(scan)}.json").unlink(missing_ok=True)
+        self._failure(scan).unlink(missing_ok=True)
+
+    def _failure(self, scan: Scan) -> Path:
+        return self.root / _STATE / "errors" / f"{scan_name(scan)}.json"
 
     def write_errors(self) -> None:
         """Write ``errors.tsv``: one row for each scan that failed and has not succeeded since."""

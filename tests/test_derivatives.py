@@ -178,16 +178,33 @@ def test_changes():
     assert changes({"a": 1, "b": 2}, {"b": 3, "c": "x"}) == "a 1, not None, b 2, not 3, c None, not 'x'"
 
 
-def test_clear_removes_what_was_half_written_of_this_scan_alone(start):
-    folder = start()
-    for scan in (ONE, VISIT):
+def test_clear_removes_what_there_is_of_this_scan_alone(start):
+    folder, other = start(), Scan("012", {})
+    for scan in (ONE, VISIT, other):
         folder.clear(scan)
-        folder.path(scan, "map.nii.gz").write_text("whole")
         path = folder.path(scan, "map.nii.gz")
+        path.write_text("whole")
         path.with_name(f".{path.name}.1234.tmp").write_text("half")
+        write_json(folder.path(scan, "map.json"), {})
     folder.clear(ONE)
-    assert [path.name for path in folder.path(ONE, "x").parent.iterdir()] == ["sub-01_map.nii.gz"]
-    assert len(list(folder.path(VISIT, "x").parent.iterdir())) == 2
+    assert list(folder.path(ONE, "x").parent.iterdir()) == []
+    folder.remove(VISIT)
+    assert list(folder.path(VISIT, "x").parent.iterdir()) == []
+    assert len(list(folder.path(other, "x").parent.iterdir())) == 3
+    folder.remove(Scan("nobody", {}))
+    assert not (folder.root / "sub-nobody").exists()
+
+
+def test_what_is_removed_is_not_done_in_between(start, monkeypatch):
+    folder, unlink, removed = start(), Path.unlink, []
+    folder.clear(ONE)
+    for name in ("a_map.nii.gz", "z_map.nii.gz", "m_map.json", "m_map.txt"):
+        folder.path(ONE, name).write_text("")
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **how: removed.append(path.suffix) or unlink(path, **how)
+    )
+    folder.remove(ONE)
+    assert removed[0] == ".json" and len(removed) == 4
 
 
 def test_sidecars_come_by_path_and_hidden_ones_do_not(start):

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -79,8 +79,21 @@ def shard(text: str) -> tuple[int, int]:
 
 def share_of(items: Sequence[Item], options: argparse.Namespace) -> list[Item]:
     """The part of the items that this process does: ``--shard``, or RANK of WORLD_SIZE, or all."""
-    part, n = options.shard or (int(os.environ.get("RANK", 0)) + 1, int(os.environ.get("WORLD_SIZE", 1)))
+    part, n = options.shard or _shard_of_environment()
     return list(items[part - 1 :: n])
+
+
+def _shard_of_environment() -> tuple[int, int]:
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if rank is None or size is None:  # of another program: one alone says nothing of a share
+        return 1, 1
+    try:
+        return shard(f"{int(rank) + 1}/{size}")
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise ValueError(
+            f"RANK must be a number from 0 and below WORLD_SIZE, got {rank!r} and {size!r}. "
+            "Unset them, or give --shard."
+        ) from error
 
 
 def is_preprocessed(inputs: Sequence[Path]) -> bool:
@@ -90,11 +103,45 @@ def is_preprocessed(inputs: Sequence[Path]) -> bool:
     return read_json(inputs[0] / DESCRIPTION).get("madad", {}).get("step") == PREPROCESS
 
 
-def raw_scans(inputs: Sequence[Path], contrast: str | None) -> tuple[list[Scan], Path]:
-    """Scans as they came, and the folder that results name them relative to."""
+def raw_scans(
+    inputs: Sequence[Path], contrast: str | None, out: Path | None = None
+) -> tuple[list[Scan], Path]:
+    """Scans as they came, and the folder that results name them relative to.
+
+    Raises
+    ------
+    ValueError
+        If the next run would take its own results, in ``out``, for scans.
+    """
+    searched = [folder for folder in inputs if out is not None and _would_be_searched(folder, out)]
+    if out is not None and searched:
+        raise ValueError(
+            f"OUT must not be searched for scans, got {out}, which lies in {searched[0]}. Choose a folder "
+            f"beside it, or {searched[0] / 'derivatives' / out.name}."
+        )
     scans = find_scans(inputs, contrast=contrast)
+    if out is not None:  # in the derivatives of a BIDS folder, an interrupted run has left masks
+        scans = [_without_masks_in(out, scan) for scan in scans]
     is_bids = len(inputs) == 1 and (inputs[0] / DESCRIPTION).is_file()
     return scans, inputs[0] if is_bids else Path(Path(os.path.abspath(inputs[0])).anchor)
+
+
+def _would_be_searched(folder: Path, out: Path) -> bool:
+    """Whether `find_scans` would go to ``out``: not in a BIDS folder, nor below a hidden one."""
+    folder, out = Path(os.path.abspath(folder)), Path(os.path.abspath(out))
+    if folder.is_file() or (folder / DESCRIPTION).is_file() or not out.is_relative_to(folder):
+        return False
+    return not any(part == "derivatives" or part[0] == "." for part in out.relative_to(folder).parts)
+
+
+def _without_masks_in(out: Path, scan: Scan) -> Scan:
+    root = os.path.abspath(out)
+
+    def of_others(mask: Path | None) -> Path | None:
+        is_own = mask is not None and Path(os.path.abspath(mask)).is_relative_to(root)
+        return None if is_own else mask
+
+    return replace(scan, brain_mask=of_others(scan.brain_mask), lesion_mask=of_others(scan.lesion_mask))
 
 
 def for_each(
@@ -129,7 +176,7 @@ def for_each(
     """
     tally, todo = Tally(), []
     for scan, item in scans:
-        if is_done(scan) and not options.overwrite:
+        if is_done(scan) and not folder.has_failed(scan) and not options.overwrite:
             tally.skipped.append(scan_name(scan))
         else:
             todo.append((scan, item))

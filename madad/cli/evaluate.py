@@ -67,7 +67,8 @@ def run(options: argparse.Namespace) -> int:
     scans = [(scan, load) for scan, load in scans if scan.lesion_mask is not None]
     if not scans:
         raise ValueError(
-            f"DATA must hold lesion masks, got none in {options.inputs}. Name them in a table (lesion_mask)."
+            f"DATA must hold lesion masks, got none in {_named(options.inputs)}. "
+            "Name them in a table (lesion_mask)."
         )
     thresholds = _thresholds(model, options.threshold)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     write_text(options.out / "evaluation.tsv", table_text(OF_SCANS, rows))
     write_text(options.out / ERRORS, table_text(ERROR_COLUMNS, errors))
     if options.card:
-        model.card.metrics[", ".join(map(str, options.inputs))] = _brief(results)
+        model.card.metrics[_named(options.inputs)] = _brief(results)
         model.save(options.model)
     if options.json:
         print(json.dumps(results | {"errors": errors}, indent=2))
@@ -96,6 +97,10 @@ def run(options: argparse.Namespace) -> int:
         print(table(results["methods"], COLUMNS))
         print(f"\n{len(voxels.subjects)} volumes, {len(errors)} failed: {options.out}/")
     return 1 if errors else 0
+
+
+def _named(inputs: list[Path]) -> str:
+    return ", ".join(map(str, inputs))
 
 
 def _thresholds(model: VolumeModel, own: float | None) -> dict[str, float]:

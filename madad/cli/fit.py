@@ -145,7 +145,7 @@ def _work_folder(options: argparse.Namespace) -> Path:
     work = options.model.parent / f".{options.model.name}-fit"
     if work.exists() and options.overwrite and not options.resume:
         shutil.rmtree(work)
-    if work.exists() and not options.resume:
+    if any(work.glob("checkpoints/*")) and not options.resume:
         raise FileExistsError(
             f"MODEL must not have an interrupted run, got {work}. Give --resume to go on with it, or "
             "--overwrite to start anew."

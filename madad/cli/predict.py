@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     space = _space(model, options.space)
     threshold = model.threshold if options.threshold is None else options.threshold
     settings = {"model": model_hash(options.model), "space": space or "orig", "threshold": threshold}
-    scans, source = scans_to_judge(model, options, needs_source=space is None)
+    scans, source = scans_to_judge(model, options, out=options.out, needs_source=space is None)
     folder = Derivative(options.out)
     if not options.dry_run:
         folder.start(
@@ -104,17 +104,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def scans_to_judge(
-    model: VolumeModel, options: argparse.Namespace, *, needs_source: bool = True
+    model: VolumeModel, options: argparse.Namespace, *, out: Path | None = None, needs_source: bool = True
 ) -> tuple[list[tuple[Scan, Load]], Path]:
     """Each scan of IN with a function that prepares it, and the folder that scans are named relative to.
 
     Raises
     ------
     ValueError
-        If IN was preprocessed otherwise than the training data.
+        If IN was preprocessed otherwise than the training data, or results in ``out`` would be taken for
+        scans.
     """
     if not is_preprocessed(options.inputs):
-        scans, source = raw_scans(options.inputs, options.contrast)
+        scans, source = raw_scans(options.inputs, options.contrast, out)
         return [(scan, partial(model.prepare, scan)) for scan in scans], source
     folder = Derivative(options.inputs[0])
     # How a brain is found decides nothing where it is found.
@@ -184,7 +185,6 @@ def _write(
         grid = first.source
     shared = {"SpatialReference": space or "orig", "Sources": sources}
     done = folder.path(scan, f"{MAP}.json", space)
-    done.unlink(missing_ok=True)
     write_like(folder.path(scan, f"{MASK}.nii.gz", space), labels > 0, grid, dtype=np.uint8)
     meaning = "Where the anomaly map reaches the threshold. For research use only."
     facts_of_mask = {"Type": "Lesion", "Description": meaning, **shared}

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
         template=not options.no_template,
         center=options.center,
     )
-    scans, source = raw_scans(options.inputs, options.contrast)
+    scans, source = raw_scans(options.inputs, options.contrast, options.out)
     folder = Derivative(options.out)
     if not options.dry_run:
         folder.start(

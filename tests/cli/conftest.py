@@ -128,6 +128,15 @@ def patients(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def cohort(healthy, patients):
+    """A table of both, eight volumes."""
+    table = patients.parent / "all.tsv"
+    _, *rows = healthy.read_text().splitlines(keepends=True)
+    table.write_text(patients.read_text() + "".join(rows))
+    return table
+
+
+@pytest.fixture(scope="session")
 def prepared(healthy, tmp_path_factory):
     """The healthy volumes, preprocessed on their own grids."""
     out = tmp_path_factory.mktemp("prepared") / "out"
@@ -142,6 +151,36 @@ def model(prepared, tmp_path_factory):
     status, _, errors = _run("fit", prepared, path, *TINY)
     assert status == 0, errors
     return path
+
+
+@pytest.fixture(scope="session")
+def of_contrasts(tmp_path_factory):
+    """A table of three people in T1, T2 and FLAIR, and a tiny model of these as channels."""
+    folder = tmp_path_factory.mktemp("contrasts")
+    rows = [
+        {
+            "subject": f"s{i}",
+            "contrast": name,
+            "image": _save(folder / f"s{i}_{name}.nii.gz", _brain(i, contrast=name)[0]),
+        }
+        for i in range(3)
+        for name in ("FLAIR", "T1", "T2")
+    ]
+    table = _write_table(folder / "contrasts.tsv", rows)
+    assert _run("preprocess", table, folder / "prepared", "--no-template", "--quiet")[0] == 0
+    command = ("fit", folder / "prepared", folder / "model", *TINY, "--contrasts", "T1", "T2", "FLAIR")
+    assert _run(*command)[0] == 0
+    return table, folder / "model"
+
+
+@pytest.fixture(scope="session")
+def on_template(healthy, tmp_path_factory):
+    """A table of two healthy volumes, and these preprocessed on the template."""
+    folder = tmp_path_factory.mktemp("template")
+    lines = healthy.read_text().splitlines(keepends=True)
+    (folder / "two.tsv").write_text("".join(lines[:3]))
+    assert _run("preprocess", folder / "two.tsv", folder / "out", "--quiet")[0] == 0
+    return folder / "two.tsv", folder / "out"
 
 
 TINY = ("--preset", "tiny", "--spacing-mm", "4", "--device", "cpu", "--quiet")
@@ -179,7 +218,11 @@ def bad_cohort(tmp_path):
     paths = {}
 
     def mended(name):
-        return lambda: paths[name].write_bytes(good.read_bytes())
+        def mend():
+            whole = good.read_bytes()
+            paths[name].write_bytes(gzip.decompress(whole) if paths[name].suffix == ".nii" else whole)
+
+        return mend
 
     whole = good.read_bytes()
     paths["truncated"] = folder / "truncated.nii.gz"
@@ -188,17 +231,21 @@ def bad_cohort(tmp_path):
     paths["text"].write_bytes(gzip.compress(b"no image at all" * 50))
     paths["dicom"] = folder / "dicom.nii.gz"
     paths["dicom"].write_bytes(b"\0" * 128 + b"DICM" + b"\0" * 400)
+    paths["named"] = folder / "named.nii"
+    paths["named"].write_bytes(bytes(range(256)) * 20)  # a DICOM file without preamble
     paths["series"] = _save(folder / "series.nii.gz", np.stack([values] * 3, axis=-1))
     paths["allnan"] = _save(folder / "allnan.nii.gz", np.full(SHAPE, np.nan))
     paths["constant"] = _save(folder / "constant.nii.gz", np.full(SHAPE, 7.0))
-    paths["small"] = _save(folder / "small.nii.gz", np.where(_brain(62)[0] > 130, 1.0, 0.0))
+    paths["below"] = _save(folder / "below.nii.gz", -1 - values)
+    paths["zeros"] = _save(folder / "zeros.nii.gz", np.zeros(SHAPE))
     paths["missing"] = folder / "missing.nii.gz"
     paths["maskgrid"] = _save(folder / "maskgrid.nii.gz", values)
     other_grid = _save(folder / "maskgrid_brain.nii.gz", np.ones((9, 9, 9)), dtype=np.uint8)
     said = dict.fromkeys(paths, "") | {
-        **dict.fromkeys(("truncated", "text"), "whole NIfTI file"),
-        **{"dicom": "dcm2niix", "series": "one volume", "allnan": "finite", "constant": "brain"},
-        **{"small": "brain", "missing": "existing file", "maskgrid": "one grid"},
+        **dict.fromkeys(("truncated", "text", "named"), "whole NIfTI file"),
+        **dict.fromkeys(("constant", "zeros"), "brain"),
+        **{"dicom": "dcm2niix", "series": "one volume", "allnan": "finite", "below": "positive median"},
+        **{"missing": "existing file", "maskgrid": "one grid"},
     }
     somenan = values.copy()
     somenan[0, 0, :5] = np.nan
@@ -206,14 +253,15 @@ def bad_cohort(tmp_path):
         "good": good,
         "zgood": good,
         "somenan": _save(folder / "somenan.nii.gz", somenan),
-        "negative": _save(folder / "negative.nii.gz", np.where(np.indices(SHAPE)[0] == 0, -3, values)),
+        "negative": _save(folder / "negative.nii.gz", np.where(np.indices(SHAPE)[:2].any(0), values, -3)),
     }
     rows = [{"subject": name, "contrast": "T1", "image": path} for name, path in sorted(paths.items())]
-    for row in rows:
-        if row["subject"] == "maskgrid":
-            row["brain_mask"] = other_grid
-    table = _write_table(tmp_path / "bad.tsv", rows)
     inside = _save(folder / "inside.nii.gz", values > 0, dtype=np.uint8)
+    for row in rows:
+        row |= {"below": {"brain_mask": inside}, "maskgrid": {"brain_mask": other_grid}}.get(
+            row["subject"], {}
+        )
+    table = _write_table(tmp_path / "bad.tsv", rows)
     repair = {name: (mended(name), text) for name, text in said.items()}
     repair["maskgrid"] = (lambda: other_grid.write_bytes(inside.read_bytes()), said["maskgrid"])
     return table, repair

@@ -1,5 +1,12 @@
+import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +16,7 @@ from madad.datasets import Scan
 from madad.training import Trainer
 from madad.volume_model import VolumeModel
 
+ROOT = Path(__file__).parents[2]
 TINY = ("--preset", "tiny", "--spacing-mm", "4", "--device", "cpu", "--quiet")
 
 
@@ -75,6 +83,79 @@ def test_an_interrupted_run_goes_on_by_resume_alone(run, model, prepared, health
     np.testing.assert_array_equal(maps_of(path, image), maps_of(model, image))
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_killed_or_stopped_it_goes_on_by_resume(run, model, prepared, healthy, tmp_path, number):
+    path, work = tmp_path / "model", tmp_path / ".model-fit"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "madad", "fit", prepared, path, *TINY],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(work.glob("checkpoints/*")):
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    running.send_signal(number)
+    _, errors = running.communicate(timeout=120)
+    if number == signal.SIGINT:
+        assert running.returncode == 130 and "--resume goes on" in errors and "Traceback" not in errors
+    assert not path.exists()
+    status, _, errors = run("fit", prepared, path, *TINY)
+    assert status == 2 and "--resume" in errors and not path.exists()
+    assert run("fit", prepared, path, *TINY, "--resume")[0] == 0
+    assert not work.exists()
+    image = healthy.parent / "h0.nii.gz"
+    np.testing.assert_array_equal(maps_of(path, image), maps_of(model, image))
+
+
+def test_a_full_disk_leaves_no_half_model(run, model, prepared, tmp_path, monkeypatch, tree):
+    path = tmp_path / "model"
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VolumeModel, "save", full)
+        status, _, errors = run("fit", prepared, path, *TINY)
+    assert status == 2 and str(path) in errors and not path.exists()
+    assert run("fit", prepared, path, *TINY, "--resume")[0] == 0
+    again, before = tree(path), tree(model)
+    for name in ("README.md", "config.json"):  # with names and with seconds
+        assert again.pop(name) and before.pop(name)
+    assert again == before
+
+
+def test_after_an_error_before_the_training_the_same_command_begins(run, brain, save, tmp_path):
+    raw, prepared, model = tmp_path / "raw", tmp_path / "prepared", tmp_path / "model"
+    for i in range(3):
+        save(raw / f"p{i}_T1.nii.gz", brain(i)[0])
+        assert run("preprocess", raw, prepared, "--no-template", "--quiet")[0] == 0
+        if i == 0:
+            status, _, errors = run("fit", prepared, model, *TINY)
+            assert status == 2 and "at least 2 healthy volumes" in errors
+            assert not model.exists()
+    assert run("fit", prepared, model, *TINY)[0] == 0
+
+
+def test_a_refused_run_wants_no_resume(run, prepared, tmp_path):
+    for _ in range(2):
+        status, _, errors = run("fit", prepared, tmp_path / "model", *TINY, "--contrasts", "T2")
+        assert status == 2 and "--contrasts must be there" in errors
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_folder_of_volumes_is_refused(run, patients, model, tmp_path):
+    maps = tmp_path / "maps"
+    assert run("predict", model, patients, maps, "--quiet", "--shard", "1/3")[0] == 0
+    for data in (maps, model, patients, tmp_path / "missing"):
+        status, _, errors = run("fit", data, tmp_path / "model", *TINY)
+        assert status == 2 and "DATA must be a folder that madad preprocess wrote" in errors
+        assert str(data) in errors
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_stopped_training_says_how_to_go_on(run, prepared, tmp_path, monkeypatch):
     def stopped(*arguments, **options):
         raise fit.TrainingStoppedWarning("stopped")
@@ -97,28 +178,16 @@ def test_slices_with_lesion_are_left_out_and_counted(run, patients, healthy, tmp
     assert facts["subjects"] == 8
 
 
-def test_which_contrasts_must_be_said(run, brain, save, write_table, tmp_path):
-    rows = [
-        {"subject": f"s{i}", "contrast": name, "image": save(tmp_path / f"s{i}_{name}.nii.gz", values)}
-        for i in range(3)
-        for name, values in (("T1", brain(i)[0]), ("FLAIR", brain(i, contrast="FLAIR")[0]))
-    ]
-    out, model = tmp_path / "out", tmp_path / "model"
-    table = write_table(tmp_path / "t.tsv", rows)
-    assert run("preprocess", table, out, "--no-template", "--quiet")[0] == 0
-    status, _, errors = run("fit", out, model, *TINY)
-    assert status == 2 and "--contrasts" in errors and "['T1', 'FLAIR']" in errors
-    status, _, errors = run("fit", out, model, *TINY, "--contrasts", "T1", "T2")
-    assert status == 2 and "'T2'" in errors and "s0" in errors
-    assert run("fit", out, model, *TINY, "--contrasts", "T1", "FLAIR")[0] == 0
+def test_which_contrasts_must_be_said(run, of_contrasts, tmp_path):
+    table, model = of_contrasts
+    prepared = table.parent / "prepared"
+    status, _, errors = run("fit", prepared, tmp_path / "model", *TINY)
+    assert status == 2 and "--contrasts" in errors and "['T1', 'T2', 'FLAIR']" in errors
+    status, _, errors = run("fit", prepared, tmp_path / "model", *TINY, "--contrasts", "T1", "PD")
+    assert status == 2 and "'PD'" in errors and "s0" in errors
+    assert not (tmp_path / "model").exists()
     loaded = VolumeModel.load(model, "cpu")
-    assert loaded.detector.image_shape_[0] == 2
-    # as channels, from scans as they came and in their order in the card
-    assert run("predict", model, table, tmp_path / "maps", "--quiet")[0] == 0
-    assert len(list((tmp_path / "maps").rglob("*_statmap.nii.gz"))) == 3
-    one_contrast = write_table(tmp_path / "one.tsv", rows[:1])
-    assert run("predict", model, one_contrast, tmp_path / "fails", "--quiet")[0] == 1
-    assert "FLAIR" in (tmp_path / "fails" / "errors.tsv").read_text()
+    assert loaded.detector.image_shape_[0] == 3 and loaded.card.contrasts == ("T1", "T2", "FLAIR")
 
 
 @pytest.mark.parametrize("plane", ["coronal", "sagittal"])

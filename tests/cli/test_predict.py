@@ -1,23 +1,14 @@
-import errno
-import gzip
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from madad import derivatives
-from madad.mri import nifti
+from madad.mri.registration import TEMPLATE_SPACE
 
 MAP, MASK = "stat-anomaly_statmap", "label-L_desc-madad_mask"
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +16,6 @@ def maps(run, model, patients, tmp_path_factory):
     out = tmp_path_factory.mktemp("maps") / "out"
     assert run("predict", model, patients, out, "--quiet")[0] == 0
     return out
-
-
-def command(*arguments):
-    """The same command as a process of its own."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    words = [sys.executable, "-m", "madad", *map(str, arguments)]
-    return subprocess.Popen(
-        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
 
 
 def test_outputs_are_a_bids_derivative(maps, model, tree, rows_of):
@@ -73,86 +55,6 @@ def test_a_threshold_of_ones_own(run, maps, model, patients, tmp_path):
     assert np.asarray(nib.load(out / name).dataobj).sum() >= np.asarray(nib.load(maps / name).dataobj).sum()
     status, _, errors = run("predict", model, patients, maps, "--threshold", "0", "--quiet")
     assert status == 2 and "same parameters" in errors and "threshold" in errors
-
-
-def test_two_processes_leave_the_bytes_of_one_run(maps, model, patients, tmp_path, tree):
-    out = tmp_path / "out"
-    shards = [command("predict", model, patients, out, "--shard", f"{i}/2", "--quiet") for i in (1, 2)]
-    assert [process.wait(120) for process in shards] == [0, 0]
-    assert tree(out) == tree(maps)
-
-
-def test_killed_in_the_middle_the_rerun_completes(run, model, patients, maps, tmp_path, tree):
-    out, deadline = tmp_path / "out", time.monotonic() + 120
-    process = command("predict", model, patients, out, "--quiet")
-    while not list(out.rglob(f"*_{MAP}.nii.gz")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(60)
-    for path in out.rglob("sub-*.nii.gz"):
-        gzip.decompress(path.read_bytes())
-    for path in out.rglob("sub-*.json"):
-        json.loads(path.read_text())
-        assert path.name.endswith(f"{MASK}.json") or path.with_suffix("").with_suffix(".nii.gz").exists()
-    # What a kill while a file is written would leave:
-    leftover = out / "sub-p2" / "anat" / f".sub-p2_{MAP}.nii.gz.0123abcd.tmp"
-    leftover.parent.mkdir(parents=True, exist_ok=True)
-    leftover.write_bytes(b"half")
-    assert run("predict", model, patients, out, "--quiet")[0] == 0
-    assert tree(out) == tree(maps)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_full_disk_is_one_error_and_nothing_is_half_written(
-    run, model, patients, maps, tmp_path, tree, monkeypatch, number
-):
-    out = tmp_path / "out"
-    replace, written = os.replace, []
-
-    def full(source, target):
-        if f"sub-p1_{MAP}.nii" in str(target):
-            raise OSError(number, os.strerror(number))
-        written.append(str(target))
-        return replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(nifti.os, "replace", full)
-        status, _, errors = run("predict", model, patients, out, "--quiet")
-    assert status == 2
-    assert errors.count("madad: error:") == 1 and f"sub-p1_{MAP}.nii.gz" in errors
-    assert not [path for path in out.rglob("*") if path.name.startswith(".sub")]
-    assert not (out / "sub-p1" / "anat" / f"sub-p1_{MAP}.json").exists()
-    assert (out / "sub-p0" / "anat" / f"sub-p0_{MAP}.json").exists()
-    assert run("predict", model, patients, out, "--quiet")[0] == 0
-    assert tree(out) == tree(maps)
-
-
-def test_a_read_only_folder_is_one_error(run, model, patients, tmp_path, monkeypatch):
-    def refused(source, target):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(derivatives.os, "replace", refused)
-    status, _, errors = run("predict", model, patients, tmp_path / "out", "--quiet")
-    assert status == 2
-    assert "can be written to" in errors and str(tmp_path / "out") in errors
-    assert not list((tmp_path / "out").rglob("*.json"))
-
-
-def test_bad_scans_cost_a_row_each_and_a_rerun_completes(run, model, bad_cohort, tmp_path, rows_of):
-    table, repair = bad_cohort
-    out = tmp_path / "out"
-    assert run("predict", model, table, out, "--quiet")[0] == 1
-    rows = {row["participant_id"]: row["message"] for row in rows_of(out / "errors.tsv")}
-    assert set(rows) == {f"sub-{name}" for name in repair}
-    for name, (_, message) in repair.items():
-        assert message in rows[f"sub-{name}"]
-        assert name in rows[f"sub-{name}"]  # the file's
-    for mend, _ in repair.values():
-        mend()
-    assert run("predict", model, table, out, "--quiet")[0] == 0
-    assert rows_of(out / "errors.tsv") == []
-    assert len(rows_of(out / "scores.tsv")) == 4 + len(repair)
 
 
 def test_maps_are_on_the_files_own_grid_header_kept(run, brain, save, write_table, model, tmp_path):
@@ -226,49 +128,129 @@ def test_a_model_of_arrays_does_not_know_volumes(run, tmp_path, patients):
 
 
 @pytest.mark.slow
-def test_in_template_space_and_another_contrast_is_doubted(run, brain, save, write_table, tmp_path, rows_of):
-    rows = [
-        {"subject": f"h{i}", "contrast": "T1", "image": save(tmp_path / f"h{i}.nii.gz", brain(i)[0])}
-        for i in range(4)
-    ]
-    table = write_table(tmp_path / "healthy.tsv", rows)
-    prepared, model = tmp_path / "prepared", tmp_path / "model"
-    assert run("preprocess", table, prepared, "--quiet")[0] in (0,)
+def test_in_template_space_and_another_contrast_is_doubted(
+    run, on_template, brain, save, write_table, tmp_path, rows_of
+):
+    table, prepared = on_template
+    model = tmp_path / "model"
     options = ("--preset", "tiny", "--spacing-mm", "4", "--slice-mm", "8", "--quiet")
     assert run("fit", prepared, model, *options)[0] == 0
-    wrong = {"subject": "w", "contrast": "T1"}
-    wrong["image"] = save(tmp_path / "w.nii.gz", brain(9, contrast="FLAIR")[0])
-    patients = write_table(tmp_path / "p.tsv", [rows[0], wrong])
-    for space, name in (("template", "space-MNI152NLin2009aSym_"), ("orig", "")):
-        out = tmp_path / space
-        status, _, errors = run("predict", model, patients, out, "--space", space, "--quiet")
-        assert status == 0
-        written = nib.load(out / "sub-w" / "anat" / f"sub-w_{name}{MAP}.nii.gz")
-        assert written.shape == ((197, 233, 189) if space == "template" else (36, 44, 36))
-        assert "sub-w: warning:" in errors and "unlike those of healthy T1" in errors
-        warned = {row["participant_id"]: row["warning"] for row in rows_of(out / "scores.tsv")}
-        assert "unlike those of healthy T1" in warned["sub-w"]
-        assert "unlike" not in warned["sub-h0"]
+    wrong = save(tmp_path / "wrong.nii.gz", brain(9, contrast="FLAIR")[0])
+    right = table.read_text().splitlines()[1].split("\t")[2]
+    rows = [
+        {"subject": subject, "contrast": "T1", "image": image}
+        for subject, image in (("right", right), ("wrong", wrong))
+    ]
+    patients = write_table(tmp_path / "p.tsv", rows)
+    out = tmp_path / "orig"
+    status, _, errors = run("predict", model, patients, out, "--quiet")
+    assert status == 0
+    assert "sub-wrong: warning:" in errors and "unlike those of healthy T1" in errors
+    warned = {row["participant_id"]: row["warning"] for row in rows_of(out / "scores.tsv")}
+    assert "unlike those of healthy T1" in warned["sub-wrong"]
+    assert "unlike" not in warned["sub-right"]
+    assert nib.load(out / "sub-wrong" / "anat" / f"sub-wrong_{MAP}.nii.gz").shape == (36, 44, 36)
+    command = ("predict", model, prepared, tmp_path / "template", "--space", "template", "--shard", "1/2")
+    assert run(*command, "--quiet")[0] == 0
+    anat = tmp_path / "template" / "sub-h0" / "anat"
+    for ending in (MAP, MASK):
+        written = nib.load(anat / f"sub-h0_space-{TEMPLATE_SPACE}_{ending}.nii.gz")
+        assert written.shape == (197, 233, 189) and written.header["sform_code"] == 4
+    sidecar = json.loads((anat / f"sub-h0_space-{TEMPLATE_SPACE}_{MAP}.json").read_text())
+    assert sidecar["SpatialReference"] == TEMPLATE_SPACE and sidecar["Sources"][0].startswith("bids:raw:")
+    status, _, errors = run("predict", model, patients, tmp_path / "orig", "--space", "template")
+    assert status == 2 and f"space 'orig', not '{TEMPLATE_SPACE}'" in errors
 
 
-@pytest.mark.parametrize("step", ["preprocess", "predict"])
-def test_the_bids_validator_accepts_the_outputs(run, brain, save, model, tmp_path, step):
-    validator = shutil.which("bids-validator-deno")
-    if validator is None:
-        pytest.skip("bids-validator-deno is missing: pip install bids-validator-deno")
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    raw.mkdir()
-    (raw / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.10.0"}')
-    for subject in ("01", "02"):
-        for session in ("1", "2"):
-            anat = raw / f"sub-{subject}" / f"ses-{session}" / "anat"
-            values, _, lesion = brain(int(subject), lesion=True)
-            save(anat / f"sub-{subject}_ses-{session}_T1w.nii.gz", values)
-            masks = raw / "derivatives" / "raters" / f"sub-{subject}" / f"ses-{session}" / "anat"
-            save(masks / f"sub-{subject}_ses-{session}_label-L_mask.nii.gz", lesion, dtype=np.uint8)
-    arguments = (raw, out, "--no-template") if step == "preprocess" else (model, raw, out)
-    assert run(step, *arguments, "--quiet")[0] == 0
-    ran = subprocess.run([validator, out, "--format", "json"], capture_output=True, text=True, check=False)
-    issues = json.loads(ran.stdout)["issues"]["issues"]
-    assert [issue for issue in issues if issue["severity"] == "error"] == []
-    assert ran.returncode == 0
+def test_contrasts_are_channels_in_the_models_order(run, of_contrasts, tmp_path):
+    table, model = of_contrasts
+    header, *rows = table.read_text().splitlines(keepends=True)
+    assert run("predict", model, table, tmp_path / "maps", "--quiet")[0] == 0
+    turned = table.with_name("turned.tsv")
+    turned.write_text(header + "".join(rows[::-1]))
+    assert run("predict", model, turned, tmp_path / "turned", "--quiet")[0] == 0
+    assert run("predict", model, table.parent / "prepared", tmp_path / "prepared", "--quiet")[0] == 0
+    maps = sorted((tmp_path / "maps").rglob("*.nii.gz"))
+    assert len(maps) == 6
+    for path in maps:
+        for other in ("turned", "prepared"):
+            same = tmp_path / other / path.relative_to(tmp_path / "maps")
+            assert same.read_bytes() == path.read_bytes()
+    sidecar = json.loads((tmp_path / "maps" / "sub-s1" / "anat" / f"sub-s1_{MAP}.json").read_text())
+    assert [Path(uri).name for uri in sidecar["Sources"]] == [
+        f"s1_{name}.nii.gz" for name in ("T1", "T2", "FLAIR")
+    ]
+
+
+def test_contrasts_on_other_grids_and_missing_ones(run, of_contrasts, brain, save, tmp_path, rows_of):
+    _, model = of_contrasts
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    affine[:3, 3] = np.array([-70, -90, -60]) + 4.0 * np.array([2, 1, 3])
+    for subject, part in (("whole", np.s_[2:-1, 1:, 3:]), ("slab", np.s_[2:-1, 1:, 3:15])):
+        for name in ("T1", "T2"):
+            save(tmp_path / "raw" / subject / f"{name}.nii.gz", brain(4, contrast=name)[0])
+        flair = brain(4, contrast="FLAIR")[0][part]
+        save(tmp_path / "raw" / subject / "FLAIR.nii.gz", flair, affine=affine)
+    save(tmp_path / "raw" / "lacking" / "T1.nii.gz", brain(4)[0])
+    assert run("predict", model, tmp_path / "raw", tmp_path / "out", "--quiet")[0] == 1
+    messages = {row["participant_id"]: row["message"] for row in rows_of(tmp_path / "out" / "errors.tsv")}
+    assert set(messages) == {"sub-lacking", "sub-slab"}
+    assert "['T2', 'FLAIR']" in messages["sub-lacking"]
+    assert str(Path("slab", "FLAIR.nii.gz")) in messages["sub-slab"]
+    (path,) = (tmp_path / "out").rglob(f"*_{MAP}.nii.gz")
+    first = nib.load(tmp_path / "raw" / "whole" / "T1.nii.gz")
+    assert nib.load(path).shape == first.shape
+    np.testing.assert_array_equal(nib.load(path).affine, first.affine)
+
+
+def test_another_model_or_threshold_wants_a_new_start(run, model, patients, maps, tmp_path, tree):
+    out, other = tmp_path / "out", tmp_path / "model"
+    shutil.copytree(maps, out)
+    shutil.copytree(model, other)
+    card = json.loads((other / "card.json").read_text())
+    card["volume_threshold"] /= 2
+    (other / "card.json").write_text(json.dumps(card))
+    status, _, errors = run("predict", other, patients, out, "--quiet")
+    assert status == 2 and "same parameters" in errors and "model '" in errors and "--overwrite" in errors
+    assert tree(out) == tree(maps)
+    command = ("predict", other, patients, out, "--quiet")
+    assert run(*command, "--overwrite", "--shard", "1/2")[0] == 0
+    assert not (out / "sub-p1" / "anat" / f"sub-p1_{MAP}.json").exists()  # that of the other model
+    assert run(*command)[0] == 0
+    assert run("predict", other, patients, tmp_path / "new", "--quiet")[0] == 0
+    assert tree(out) == tree(tmp_path / "new")
+
+
+def test_how_the_brain_was_found_does_not_matter(run, model, patients, maps, tmp_path):
+    prepared, out = tmp_path / "prepared", tmp_path / "out"
+    assert run("preprocess", patients, prepared, "--no-template", "--brain", "stripped", "--quiet")[0] == 0
+    assert run("predict", model, prepared, out, "--quiet")[0] == 0
+    assert (out / "scores.tsv").read_bytes() == (maps / "scores.tsv").read_bytes()
+
+
+def test_the_raw_scan_is_needed_for_its_grid(run, model, brain, save, tmp_path, rows_of):
+    image = save(tmp_path / "raw" / "p_T1.nii.gz", brain(5)[0])
+    prepared, out = tmp_path / "prepared", tmp_path / "out"
+    assert run("preprocess", image, prepared, "--no-template", "--quiet")[0] == 0
+    image.rename(tmp_path / "elsewhere.nii.gz")
+    assert run("predict", model, prepared, out, "--quiet")[0] == 1
+    (row,) = rows_of(out / "errors.tsv")
+    assert str(image) in row["message"] and "still exist" in row["message"]
+    save(image, brain(5)[0][:-1])
+    assert run("predict", model, prepared, out, "--quiet")[0] == 1
+    (row,) = rows_of(out / "errors.tsv")
+    assert "must not have changed" in row["message"] and str(image) in row["message"]
+    (tmp_path / "elsewhere.nii.gz").rename(image)
+    assert run("predict", model, prepared, out, "--quiet")[0] == 0
+    assert rows_of(out / "errors.tsv") == []
+
+
+@pytest.mark.parametrize("what", ["missing", "config.json", "card.json", "denoiser.safetensors"])
+def test_a_damaged_model_is_one_error(run, model, patients, tmp_path, what):
+    path = tmp_path / "model"
+    if what != "missing":
+        shutil.copytree(model, path)
+        (path / what).write_bytes((path / what).read_bytes()[:40])
+    status, _, errors = run("predict", path, patients, tmp_path / "out")
+    assert status == 2 and errors.count("madad: error:") == 1 and str(path) in errors
+    assert not (tmp_path / "out").exists()

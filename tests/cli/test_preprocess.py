@@ -3,7 +3,6 @@ import sys
 
 import nibabel as nib
 import numpy as np
-import pytest
 
 from madad.mri.registration import TEMPLATE_SPACE
 
@@ -75,27 +74,6 @@ def test_dry_run_writes_nothing(run, healthy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("by_environment", [False, True])
-def test_shards_leave_the_bytes_of_one_run(
-    run, prepared, healthy, tmp_path, tree, monkeypatch, by_environment
-):
-    out = tmp_path / "out"
-    for part in (2, 1):
-        flags = ["--shard", f"{part}/2"]
-        if by_environment:
-            monkeypatch.setenv("RANK", str(part - 1))
-            monkeypatch.setenv("WORLD_SIZE", "2")
-            flags = []
-        assert run("preprocess", healthy, out, "--no-template", "--quiet", *flags)[0] == 0
-    assert tree(out) == tree(prepared)
-
-
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])
-def test_a_shard_is_one_of_the_parts(run, healthy, tmp_path, text, capsys):
-    with pytest.raises(SystemExit):
-        run("preprocess", healthy, tmp_path / "out", "--shard", text)
-
-
 def test_bids_folder_with_sessions_and_contrasts(run, brain, save, tmp_path, tree):
     raw, out = tmp_path / "raw", tmp_path / "out"
     for session in ("1", "2"):
@@ -127,29 +105,6 @@ def test_template_space_keeps_the_matrix_and_the_lesion_mask(run, brain, save, w
     before = raw.affine @ [*np.argwhere(lesion).mean(axis=0), 1]
     after = moved.affine @ [*np.argwhere(np.asarray(moved.dataobj)).mean(axis=0), 1]
     np.testing.assert_allclose(matrix @ before, after, atol=1.0)
-
-
-def test_bad_scans_cost_a_row_each_and_a_rerun_completes(run, bad_cohort, tmp_path, rows_of):
-    table, repair = bad_cohort
-    out = tmp_path / "out"
-    command = ("preprocess", table, out, "--no-template", "--quiet")
-    status, printed, errors = run(*command)
-    assert status == 1
-    rows = {row["participant_id"]: row["message"] for row in rows_of(out / "errors.tsv")}
-    assert set(rows) == {f"sub-{name}" for name in repair}
-    for name, (_, message) in repair.items():
-        assert message in rows[f"sub-{name}"], rows[f"sub-{name}"]
-        assert f"sub-{name}: failed:" in errors
-    done = {row["participant_id"] for row in rows_of(out / "preprocessing.tsv")}
-    assert done == {"sub-good", "sub-negative", "sub-somenan", "sub-zgood"}
-    warned = {row["participant_id"]: row["warning"] for row in rows_of(out / "preprocessing.tsv")}
-    assert "NaN" in warned["sub-somenan"] and warned["sub-good"] == "n/a"
-    assert not list(out.rglob("*.tmp"))
-    for mend, _ in repair.values():
-        mend()
-    status, printed, _ = run(*command)
-    assert (status, rows_of(out / "errors.tsv")) == (0, [])
-    assert printed.startswith(f"{len(repair)} done, 4 skipped")
 
 
 def test_an_unknown_contrast_costs_a_row(run, brain, save, write_table, tmp_path, rows_of):
@@ -187,3 +142,46 @@ def test_several_contrasts_end_on_one_grid_though_scanned_on_others(run, brain, 
     assert one.shape == other.shape == values.shape
     np.testing.assert_array_equal(one.affine, other.affine)
     np.testing.assert_array_equal(one.get_fdata() > 0, other.get_fdata() > 0)
+
+
+def test_done_again_nothing_is_left_of_what_is_gone(run, brain, save, tmp_path, tree):
+    raw = tmp_path / "raw"
+    values, _, lesion = brain(1, lesion=True)
+    save(raw / "p1" / "T1.nii.gz", values)
+    before = tmp_path / "before"
+    assert run("preprocess", raw, before, "--no-template", "--quiet")[0] == 0
+    flair = save(raw / "p1" / "FLAIR.nii.gz", brain(1, contrast="FLAIR")[0])
+    mask = save(raw / "p1" / "lesion.nii.gz", lesion, dtype=np.uint8)
+    out = tmp_path / "out"
+    assert run("preprocess", raw, out, "--no-template", "--quiet")[0] == 0
+    assert {"sub-p1_desc-preproc_FLAIR.nii.gz", "sub-p1_label-L_desc-expert_mask.nii.gz"} <= {
+        path.name for path in out.rglob("*")
+    }
+    flair.unlink()
+    mask.unlink()
+    assert run("preprocess", raw, out, "--no-template", "--quiet", "--overwrite")[0] == 0
+    assert tree(out) == tree(before)
+
+
+def test_a_contrast_that_comes_later_is_added(run, brain, save, tmp_path, tree):
+    raw = tmp_path / "raw"
+    save(raw / "p1" / "T1.nii.gz", brain(1)[0])
+    assert run("preprocess", raw, tmp_path / "out", "--no-template", "--quiet")[0] == 0
+    save(raw / "p1" / "T2.nii.gz", brain(1, contrast="T2")[0])
+    for out in ("out", "expected"):
+        printed = run("preprocess", raw, tmp_path / out, "--no-template", "--quiet")[1]
+        assert printed.startswith("1 done, 0 skipped")
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+
+
+def test_a_lesion_mask_on_another_grid_costs_a_row(run, brain, save, tmp_path, rows_of):
+    values, _, lesion = brain(1, lesion=True)
+    for name, mask in (("bad", lesion[1:]), ("good", lesion)):
+        save(tmp_path / "raw" / name / "T1.nii.gz", values)
+        save(tmp_path / "raw" / name / "lesion.nii.gz", mask, dtype=np.uint8)
+    out = tmp_path / "out"
+    assert run("preprocess", tmp_path / "raw", out, "--no-template", "--quiet")[0] == 1
+    (row,) = rows_of(out / "errors.tsv")
+    assert row["participant_id"] == "sub-bad" and "one grid" in row["message"]
+    assert str(tmp_path / "raw" / "bad" / "lesion.nii.gz") in row["message"]
+    assert [row["participant_id"] for row in rows_of(out / "preprocessing.tsv")] == ["sub-good"]

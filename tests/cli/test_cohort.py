@@ -1,0 +1,534 @@
+"""What ``preprocess`` and ``predict`` have in common: kinds of input, shards, failures, interruptions."""
+
+import argparse
+import errno
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from madad.cli._cohort import Tally, for_each, is_preprocessed, noted_warnings, shard, share_of
+from madad.datasets import Scan
+from madad.derivatives import Derivative
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 120  # that no process may take
+
+
+class Step(NamedTuple):
+    """A command that goes over a cohort."""
+
+    name: str
+    before: tuple = ()
+    after: tuple = ("--quiet",)
+    image: str = ""
+    table: str = ""
+
+    def arguments(self, scans, out, *flags):
+        return (self.name, *self.before, scans, out, *self.after, *flags)
+
+    @property
+    def sidecar(self):
+        return self.image.replace(".nii.gz", ".json")
+
+
+@pytest.fixture(scope="module", params=["preprocess", "predict"])
+def step(request):
+    if request.param == "preprocess":
+        own_grid = ("--no-template", "--quiet")
+        return Step("preprocess", (), own_grid, "desc-preproc_T1w.nii.gz", "preprocessing.tsv")
+    model = request.getfixturevalue("model")
+    return Step("predict", (model,), ("--quiet",), "stat-anomaly_statmap.nii.gz", "scores.tsv")
+
+
+@pytest.fixture(scope="module")
+def whole(run, step, cohort, tmp_path_factory):
+    """The step's results of the cohort, by one run without a hitch."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    status, _, errors = run(*step.arguments(cohort, out))
+    assert status == 0, errors
+    return out
+
+
+def process(arguments, **environment):
+    """The same command as a process of its own."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "madad", *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_until(is_so, running):
+    deadline = time.monotonic() + SECONDS
+    while not is_so():
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+# Parts of a cohort
+
+
+def options_of(**changed):
+    defaults = {"shard": None, "overwrite": False, "dry_run": False, "json": False, "quiet": True}
+    return argparse.Namespace(**(defaults | changed))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 9])
+def test_each_item_is_in_one_share(n, monkeypatch):
+    by_flag = [share_of(range(7), options_of(shard=(part, n))) for part in range(1, n + 1)]
+    assert sorted(sum(by_flag, [])) == list(range(7))
+    assert max(map(len, by_flag)) - min(map(len, by_flag)) <= 1
+    monkeypatch.setenv("WORLD_SIZE", str(n))
+    for rank, share in enumerate(by_flag):
+        monkeypatch.setenv("RANK", str(rank))
+        assert share_of(range(7), options_of()) == share
+        assert share_of(range(7), options_of(shard=(1, 1))) == list(range(7))  # what is asked for wins
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_half_of_an_environment_leaves_nothing_out(name, monkeypatch):
+    monkeypatch.setenv(name, "3")
+    assert share_of(range(7), options_of()) == list(range(7))
+
+
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "x"), ("", "")])
+def test_an_environment_that_is_no_part_is_refused(run, healthy, tmp_path, monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    status, _, errors = run("preprocess", healthy, tmp_path / "out", "--no-template")
+    assert status == 2 and f"RANK must be a number from 0 and below WORLD_SIZE, got {rank!r}" in errors
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_a_shard_is_one_of_the_parts(run, tmp_path, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="i/N"):
+        shard(text)
+    with pytest.raises(SystemExit) as ended:
+        run("preprocess", tmp_path, tmp_path / "out", f"--shard={text}")
+    assert ended.value.code == 2
+
+
+def test_processes_at_the_same_time_leave_the_bytes_of_one_run(step, whole, cohort, tmp_path, tree):
+    out = tmp_path / "out"
+    shards = [process(step.arguments(cohort, out, "--shard", f"{part}/2")) for part in (1, 2)]
+    assert [one.wait(SECONDS) for one in shards] == [0, 0]
+    assert tree(out) == tree(whole)
+
+
+def test_ranks_leave_the_bytes_of_one_run(run, step, whole, cohort, tmp_path, tree, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (2, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert run(*step.arguments(cohort, out))[0] == 0
+    assert tree(out) == tree(whole)
+
+
+@pytest.mark.slow
+def test_registration_by_two_processes_leaves_the_bytes_of_one_run(on_template, tmp_path, tree):
+    table, prepared = on_template
+    arguments = ("preprocess", table, tmp_path / "out", "--quiet")
+    ranks = [process(arguments, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    assert [one.wait(SECONDS) for one in ranks] == [0, 0]
+    assert tree(tmp_path / "out") == tree(prepared)
+
+
+# Interruptions
+
+
+def test_killed_in_the_middle_the_rerun_completes(run, step, whole, cohort, tmp_path, tree):
+    out = tmp_path / "out"
+    running = process(step.arguments(cohort, out))
+    wait_until(lambda: len(list(out.rglob(f"sub-*_{step.sidecar}"))) >= 2, running)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait(SECONDS)
+    done = list(out.rglob(f"sub-*_{step.sidecar}"))
+    assert 2 <= len(done) < 8
+    for path in out.rglob("sub-*.nii.gz"):
+        gzip.decompress(path.read_bytes())
+    for path in out.rglob("sub-*.json"):
+        json.loads(path.read_text())
+        assert path.with_name(path.name.replace(".json", ".nii.gz")).exists()
+    # What a kill while an image is written leaves, beside whole files and alone:
+    for name in (done[0].parents[1].name, "sub-p2"):
+        leftover = out / name / "anat" / f".{name}_{step.image}.0123abcd.tmp"
+        leftover.parent.mkdir(parents=True, exist_ok=True)
+        (leftover.parent / f"{name}_{step.sidecar}").unlink(missing_ok=True)
+        leftover.write_bytes(b"half")
+    assert run(*step.arguments(cohort, out))[0] == 0
+    assert tree(out) == tree(whole)
+
+
+@pytest.mark.parametrize("ending", ["image", "sidecar"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_full_disk_is_one_error_and_the_rerun_completes(
+    run, step, whole, cohort, tmp_path, tree, monkeypatch, ending, number, overwrite
+):
+    out, replace = tmp_path / "out", os.replace
+    if overwrite:
+        shutil.copytree(whole, out)
+    name = f"sub-p1_{getattr(step, ending)}"
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(number, os.strerror(number))
+        return replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        status, _, errors = run(*step.arguments(cohort, out, *["--overwrite"] * overwrite))
+    assert status == 2
+    assert errors.count("\n") == 1 and errors.startswith("madad: error:")
+    assert name in errors and os.strerror(number) in errors
+    assert not list(out.rglob("*.tmp"))
+    assert not (out / "sub-p1" / "anat" / f"sub-p1_{step.sidecar}").exists()
+    assert (out / "sub-p0" / "anat" / f"sub-p0_{step.sidecar}").exists()
+    for sidecar in out.rglob("sub-*.json"):
+        assert sidecar.with_name(sidecar.name.replace(".json", ".nii.gz")).exists()
+    assert run(*step.arguments(cohort, out))[0] == 0
+    assert tree(out) == tree(whole)
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_error(run, step, cohort, tmp_path, monkeypatch):
+    def refused(source, target):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "replace", refused)
+    status, _, errors = run(*step.arguments(cohort, tmp_path / "out"))
+    assert status == 2
+    assert errors.count("\n") == 1 and "can be written to" in errors and str(tmp_path / "out") in errors
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_read_only_folder_is_one_error(run, step, whole, cohort, tmp_path, tree, there):
+    out = tmp_path / "out"
+    if there:
+        shutil.copytree(whole, out)
+    folder = out if there else tmp_path
+    before = tree(tmp_path)
+    folder.chmod(0o555)
+    try:
+        if os.access(folder, os.W_OK):
+            pytest.skip("for root no folder is read-only")
+        status, _, errors = run(*step.arguments(cohort, out))
+    finally:
+        folder.chmod(0o755)
+    assert status == 2 and errors.count("\n") == 1 and str(out) in errors
+    assert tree(tmp_path) == before
+
+
+# Failures
+
+
+def test_bad_scans_cost_a_row_each_and_a_rerun_completes(run, step, bad_cohort, tmp_path, rows_of):
+    table, repair = bad_cohort
+    out = tmp_path / "out"
+    status, printed, errors = run(*step.arguments(table, out))
+    assert status == 1 and f"4 done, 0 skipped, {len(repair)} failed" in printed
+    messages = {row["participant_id"]: row["message"] for row in rows_of(out / "errors.tsv")}
+    assert set(messages) == {f"sub-{name}" for name in repair}
+    for name, (_, text) in repair.items():
+        assert text in messages[f"sub-{name}"], messages[f"sub-{name}"]
+        assert f"{name}.nii" in messages[f"sub-{name}"]
+        assert f"sub-{name}: failed: {messages[f'sub-{name}']}\n" in errors
+        assert not (out / f"sub-{name}").exists()
+    rows = {row["participant_id"]: row for row in rows_of(out / step.table)}
+    assert set(rows) == {"sub-good", "sub-negative", "sub-somenan", "sub-zgood"}
+    assert "NaN" in rows["sub-somenan"]["warning"] and rows["sub-good"]["warning"] == "n/a"
+    assert errors.count("warning:") == 1 and "sub-somenan: warning:" in errors
+    assert not list(out.rglob("*.tmp"))
+    assert run(*step.arguments(table, out))[1].startswith("0 done, 4 skipped")
+    for mend, _ in repair.values():
+        mend()
+    status, printed, errors = run(*step.arguments(table, out))
+    assert (status, errors) == (0, "")
+    assert printed.startswith(f"{len(repair)} done, 4 skipped")
+    assert rows_of(out / "errors.tsv") == []
+    assert len(rows_of(out / step.table)) == 4 + len(repair)
+    assert not list((out / ".madad").rglob("*.json"))
+
+
+def test_shards_with_bad_scans_leave_one_table_of_errors(run, step, bad_cohort, tmp_path, tree):
+    table, _ = bad_cohort
+    for name, shards in (("one", ["1/1"]), ("three", ["2/3", "3/3", "1/3"])):
+        statuses = [run(*step.arguments(table, tmp_path / name, "--shard", part))[0] for part in shards]
+        assert set(statuses) <= {0, 1} and 1 in statuses
+    assert tree(tmp_path / "three") == tree(tmp_path / "one")
+
+
+def test_done_again_what_fails_now_keeps_its_results_and_is_tried_again(
+    run, step, whole, cohort, patients, tmp_path, tree, rows_of
+):
+    out, table = tmp_path / "out", tmp_path / "scans.tsv"
+    shutil.copytree(whole, out)
+    table.write_text(cohort.read_text().replace(str(patients.parent / "p1.nii.gz"), "gone.nii.gz"))
+    command = step.arguments(table, out)
+    assert run(*command)[0] == 0  # done is done
+    for flags in (["--overwrite"], []):
+        assert run(*command, *flags)[0] == 1
+        assert [row["participant_id"] for row in rows_of(out / "errors.tsv")] == ["sub-p1"]
+        assert tree(out / "sub-p1") == tree(whole / "sub-p1")
+    assert run(*step.arguments(cohort, out))[0] == 0
+    assert tree(out) == tree(whole)
+
+
+def folder_of(tmp_path):
+    folder = Derivative(tmp_path / "out")
+    folder.start(name="Maps", step="predict", parameters={}, source=tmp_path)
+    return folder
+
+
+def test_one_after_the_other(tmp_path):
+    folder = folder_of(tmp_path)
+    scans = [(Scan(name, {}), name) for name in ("a", "b", "c", "d")]
+    worked = []
+
+    def work(item):
+        worked.append(item)
+        if item == "b":
+            raise ValueError("no  brain\nin b")
+        return ["odd"] if item == "c" else []
+
+    common = {"is_done": lambda scan: scan.subject == "d", "folder": folder}
+    dry = for_each(scans, work, options=options_of(dry_run=True), **common)
+    assert (dry.done, dry.skipped, worked) == (["sub-a", "sub-b", "sub-c"], ["sub-d"], [])
+    tally = for_each(scans, work, options=options_of(), **common)
+    assert worked == ["a", "b", "c"] and tally.status == 1
+    expected = Tally(["sub-a", "sub-c"], ["sub-d"], {"sub-b": "no brain in b"}, {"sub-c": ["odd"]})
+    assert tally == expected
+    for_each(scans[3:], work, options=options_of(overwrite=True), **common)
+    assert worked[3:] == ["d"]
+
+
+@pytest.mark.parametrize("error", [KeyError("a bug"), ImportError("SimpleITK"), KeyboardInterrupt()])
+def test_what_each_scan_would_meet_ends_the_cohort(tmp_path, error):
+    def work(item):
+        raise error
+
+    with pytest.raises(type(error)):
+        for_each(
+            [(Scan("a", {}), 0)],
+            work,
+            is_done=lambda scan: False,
+            folder=folder_of(tmp_path),
+            options=options_of(),
+        )
+
+
+def test_warnings_are_noted_once_and_only_those_for_users():
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with noted_warnings() as noted:
+            for _ in range(2):
+                warnings.warn("Poor.", stacklevel=1)
+            warnings.warn("of another library", DeprecationWarning, stacklevel=1)
+    assert noted == ["Poor."]
+
+
+# Input
+
+
+def test_the_bar_is_on_stderr_and_json_alone_on_stdout(run, step, cohort, tmp_path):
+    loud = [word for word in step.arguments(cohort, tmp_path / "out") if word != "--quiet"]
+    status, printed, errors = run(*loud, "--shard", "1/8")
+    assert status == 0 and printed.startswith("1 done") and "scans: 100%" in errors and "file/s" in errors
+    status, printed, errors = run(*loud, "--json")
+    facts = json.loads(printed)
+    assert status == 0 and errors == ""
+    assert (len(facts["done"]), len(facts["skipped"]), facts["failed"]) == (7, 1, {})
+
+
+def test_a_dry_run_writes_nothing(run, step, whole, cohort, tmp_path, tree):
+    command = step.arguments(cohort, tmp_path / "out", "--dry-run")
+    assert run(*command, "--shard", "1/2")[1].startswith("4 to do, 0 skipped")
+    status, printed, _ = run(*command, "--json")
+    assert status == 0 and len(json.loads(printed)["done"]) == 8 and json.loads(printed)["dry_run"]
+    assert not (tmp_path / "out").exists()
+    before = tree(whole)
+    assert run(*step.arguments(cohort, whole, "--dry-run"))[1].startswith("0 to do, 8 skipped")
+    assert tree(whole) == before
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "no.nii"])
+def test_nothing_to_go_over_is_one_error(run, step, tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "empty":
+        path.mkdir()
+    elif kind == "no.nii":
+        path = tmp_path / "thesis.pdf"
+        path.write_text("mine")
+    status, _, errors = run(*step.arguments(path, tmp_path / "out"))
+    assert status == 2 and errors.count("\n") == 1 and str(path) in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_each_command_are_told_apart(run, step, whole, cohort, healthy, model, tree):
+    assert is_preprocessed([whole]) == (step.name == "preprocess")
+    assert not is_preprocessed([whole, whole]) and not is_preprocessed([healthy.parent])
+    before = tree(whole)
+    other = "predict" if step.name == "preprocess" else "preprocess"
+    status, _, errors = run(other, *[model] * (other == "predict"), cohort, whole, "--overwrite")
+    assert status == 2 and "something else" in errors and str(whole) in errors
+    assert tree(whole) == before
+
+
+def as_table(folder, scans, save):
+    rows = ["image\tsubject\tcontrast\tlesion_mask\n"]
+    for name, values, lesion in scans:
+        save(folder / "images" / f"{name}x.nii.gz", values)
+        save(folder / "masks" / f"{name}y.nii.gz", lesion, dtype=np.uint8)
+        rows.append(f"images/{name}x.nii.gz\tsub-{name}\tT1w\tmasks/{name}y.nii.gz\n")
+    (folder / "scans.tsv").write_text("".join(rows))
+    return [folder / "scans.tsv"]
+
+
+def as_bids(folder, scans, save):
+    for name, values, lesion in scans:
+        save(folder / f"sub-{name}" / "anat" / f"sub-{name}_T1w.nii.gz", values)
+        masks = folder / "derivatives" / "rater" / f"sub-{name}" / "anat"
+        save(masks / f"sub-{name}_label-L_mask.nii.gz", lesion, dtype=np.uint8)
+    (folder / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.10.0"}')
+    return [folder]
+
+
+def as_folder(folder, scans, save):
+    for name, values, lesion in scans:
+        save(folder / name / "T1.nii.gz", values)
+        save(folder / name / "lesion.nii.gz", lesion, dtype=np.uint8)
+    return [folder]
+
+
+def as_files(folder, scans, save):
+    return [
+        save(folder / f"{name}{ending}.nii.gz", values, dtype=dtype)
+        for name, *arrays in scans
+        for ending, values, dtype in zip(("", "_lesion"), arrays, (np.float32, np.uint8), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("write", [as_table, as_bids, as_folder, as_files])
+def test_from_scans_to_maps_and_their_quality(run, model, patients, brain, save, tmp_path, tree, write):
+    scans = [(f"p{i}", *brain(50 + i, lesion=True)[::2]) for i in (0, 2)]
+    inputs = write(tmp_path / "raw", scans, save)
+    named = ("--contrast", "T1") if write is as_files else ()
+    out = {name: tmp_path / name for name in ("prepared", "maps", "again", "quality", "expected")}
+    assert run("preprocess", *inputs, out["prepared"], "--no-template", "--quiet", *named)[0] == 0
+    assert run("predict", model, *inputs, out["maps"], "--quiet", *named)[0] == 0
+    assert run("predict", model, out["prepared"], out["again"], "--quiet")[0] == 0
+    assert run("predict", model, patients, out["expected"], "--quiet", "--shard", "1/1")[0] == 0
+
+    def images(folder):
+        return {path: content for path, content in tree(folder).items() if path.endswith(".nii.gz")}
+
+    expected = {path: content for path, content in images(out["expected"]).items() if "sub-p1" not in path}
+    assert images(out["maps"]) == images(out["again"]) == expected
+    assert (out["maps"] / "scores.tsv").read_bytes() == (out["again"] / "scores.tsv").read_bytes()
+    command = ("evaluate", model, out["prepared"], "--out", out["quality"], "--no-figures", "--json")
+    status, printed, _ = run(*command)
+    assert status == 0 and json.loads(printed)["volumes"] == 2
+
+
+def test_results_are_not_taken_for_scans(run, step, brain, save, tmp_path, tree):
+    for i in range(2):
+        save(tmp_path / "raw" / f"h{i}_T1.nii.gz", brain(i)[0])
+    raw = tmp_path / "raw"
+    for out in (raw / "out", raw / "a" / "b", raw):
+        status, _, errors = run(*step.arguments(raw, out))
+        assert status == 2 and "OUT must not be searched for scans" in errors and str(out) in errors
+    assert len(tree(tmp_path)) == 2
+    for out in (raw / "derivatives" / "out", raw / ".out", tmp_path / "raw-out"):
+        for done in ("2 done, 0 skipped", "0 done, 2 skipped"):
+            assert run(*step.arguments(raw, out))[1].startswith(done)
+
+
+# BIDS
+
+
+@pytest.fixture(scope="module")
+def bids(brain, save, tmp_path_factory):
+    """A BIDS folder: two sessions, three contrasts, expert masks, and a scan that is cut short."""
+    raw = tmp_path_factory.mktemp("bids") / "raw data"
+    for subject in ("01", "02"):
+        for session in ("1", "2"):
+            anat, name = Path(f"sub-{subject}", f"ses-{session}", "anat"), f"sub-{subject}_ses-{session}"
+            for ending, contrast in (("T1w", "T1"), ("ce-gadolinium_T1w", "T1"), ("FLAIR", "FLAIR")):
+                save(raw / anat / f"{name}_{ending}.nii.gz", brain(int(subject), contrast=contrast)[0])
+            lesion = brain(0, lesion=True)[2]
+            masks = raw / "derivatives" / "raters" / anat
+            save(masks / f"{name}_label-L_mask.nii.gz", lesion, dtype=np.uint8)
+    bad = raw / "sub-03" / "anat" / "sub-03_T1w.nii.gz"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes((raw / anat / f"{name}_T1w.nii.gz").read_bytes()[:9000])
+    (raw / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.10.0"}')
+    return raw
+
+
+def test_a_bids_folder_gives_sessions_contrasts_and_uris(run, step, bids, tmp_path, tree, rows_of):
+    out = tmp_path / "out"
+    assert run(*step.arguments(bids, out))[0] == 1
+    names = set(tree(out))
+    endings = {"preprocess": ("desc-preproc_FLAIR", "ce-gadolinium_desc-preproc_T1w", "desc-preproc_T1w")}
+    for ending in endings.get(step.name, ("stat-anomaly_statmap", "label-L_desc-madad_mask")):
+        for suffix in (".nii.gz", ".json"):
+            assert f"sub-02/ses-2/anat/sub-02_ses-2_{ending}{suffix}" in names
+    sidecar = json.loads((out / "sub-02" / "ses-1" / "anat" / f"sub-02_ses-1_{step.sidecar}").read_text())
+    assert sidecar["Sources"] == ["bids:raw:sub-02/ses-1/anat/sub-02_ses-1_T1w.nii.gz"]
+    description = json.loads((out / "dataset_description.json").read_text())
+    assert description["DatasetType"] == "derivative"
+    assert description["GeneratedBy"][0]["Name"] == "madad"
+    assert description["DatasetLinks"]["raw"] == bids.as_uri()
+    found = {(row["participant_id"], row["session_id"]) for row in rows_of(out / step.table)}
+    assert found == {(f"sub-0{i}", f"ses-{j}") for i in (1, 2) for j in (1, 2)}
+    (row,) = rows_of(out / "errors.tsv")
+    assert (row["participant_id"], row["session_id"]) == ("sub-03", "n/a")
+
+
+def test_in_the_derivatives_of_its_source(run, step, bids, tmp_path, tree):
+    raw = tmp_path / "raw"
+    shutil.copytree(bids, raw)
+    out = raw / "derivatives" / "madad"
+    assert run(*step.arguments(raw, out))[0] == 1
+    before = tree(out)
+    (out / "sub-02" / "ses-1" / "anat" / f"sub-02_ses-1_{step.sidecar}").unlink()  # an interrupted run
+    for flags in ([], ["--overwrite"]):
+        assert run(*step.arguments(raw, out, *flags))[0] == 1
+        assert tree(out) == before
+
+
+def errors_of_validator(folder):
+    validator = shutil.which("bids-validator-deno")
+    if validator is None:
+        pytest.skip("bids-validator-deno is missing: pip install bids-validator-deno")
+    ran = subprocess.run([validator, folder, "--format", "json"], capture_output=True, text=True, check=False)
+    issues = json.loads(ran.stdout)["issues"]["issues"]
+    found = [issue for issue in issues if issue["severity"] == "error"]
+    return found or ran.returncode
+
+
+def test_the_bids_validator_accepts_the_results(run, step, bids, tmp_path):
+    out = tmp_path / "out"
+    assert run(*step.arguments(bids, out))[0] == 1
+    for path in (out, out / "sub-01" / "ses-1" / "anat"):  # what a killed run leaves
+        (path / f".sub-01_ses-1_{step.image}.0123abcd.tmp").write_bytes(b"half")
+    assert errors_of_validator(out) == 0
+
+
+@pytest.mark.slow
+def test_the_bids_validator_accepts_results_on_the_template(on_template):
+    assert errors_of_validator(on_template[1]) == 0
