@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ _README = """# {name}
 
 Written by madad {version}, command `madad {step}`, as a BIDS derivative: a folder `sub-<label>` (and in it
 `ses-<label>`) for each person, a JSON file beside each image that says what it was made from and how, tables
-(`.tsv`) made from these, and `errors.tsv` with a row for each scan that failed. The parameters are in
-`dataset_description.json`. Running the same command again does what is missing.
+(`.tsv`) made from these, and `errors.tsv` with a row for each scan that failed when it was last tried;
+results of an earlier time stay. The parameters are in `dataset_description.json`. Running the same command
+again does what is missing.
 
 For research use only. Not a medical device.
 """
@@ -78,10 +79,11 @@ class Derivative:
         OSError
             If it cannot be written to.
         """
-        link = Path(os.path.abspath(source)).as_uri()
-        if self._has_other(step, parameters, link, overwrite):
-            for outdated in (*self.root.glob("sub-*"), self.root / _STATE):
-                shutil.rmtree(outdated, ignore_errors=True)
+        link = Path(source).resolve().as_uri()
+        if self.check(step=step, parameters=parameters, source=source, overwrite=overwrite):
+            for outdated in (*self.root.glob("sub-*"), *self.root.glob(_STATE)):
+                with suppress(FileNotFoundError):  # another process does the same
+                    shutil.rmtree(outdated)
         self.root.mkdir(parents=True, exist_ok=True)
         description = {
             "Name": name,
@@ -96,8 +98,15 @@ class Derivative:
         write_text(self.root / "README.md", _README.format(name=name, version=__version__, step=step))
         write_text(self.root / ".bidsignore", "\n".join(_IGNORED) + "\n")
 
-    def _has_other(self, step: str, parameters: dict, link: str, overwrite: bool) -> bool:
-        """Whether it holds results with other parameters; FileExistsError if these may not be replaced."""
+    def check(self, *, step: str, parameters: dict, source, overwrite: bool = False) -> bool:
+        """Refuse what `start` refuses, and write nothing.
+
+        Returns
+        -------
+        bool
+            Whether there are results with other parameters, which ``overwrite`` removes.
+        """
+        link = Path(source).resolve().as_uri()
         is_folder = self.root.is_dir()
         if not self.root.exists() or (is_folder and all(one.name[0] == "." for one in self.root.iterdir())):
             return False
@@ -146,21 +155,47 @@ class Derivative:
             path.unlink(missing_ok=True)
 
     def source_uri(self, path) -> str:
-        """A file of the source as a BIDS URI."""
-        return f"bids:raw:{Path(os.path.abspath(path)).relative_to(self._source()).as_posix()}"
+        """A file of the source as a BIDS URI; of a file that a link leads out of the source, its file URI."""
+        for known in (Path(path).parent.resolve() / Path(path).name, Path(os.path.abspath(path))):
+            if known.is_relative_to(self._source()):
+                return f"bids:raw:{known.relative_to(self._source()).as_posix()}"
+        return Path(path).resolve().as_uri()
 
     def source_path(self, uri: str) -> Path:
         """The file that `source_uri` named."""
+        if uri.startswith("file:"):
+            return Path(unquote(urlparse(uri).path))
         return self._source() / uri.removeprefix("bids:raw:")
 
     def _source(self) -> Path:
         return Path(unquote(urlparse(self.description()["DatasetLinks"]["raw"]).path))
 
+    def is_made_from(self, sidecar: Path, images: Sequence) -> bool:
+        """Whether a sidecar is there, and names these files as its sources.
+
+        Raises
+        ------
+        FileExistsError
+            If it names others: results of another person of the same name, who may not be taken for this one.
+        """
+        try:
+            before = read_json(sidecar).get("Sources")
+        except FileNotFoundError:
+            return False
+        now = [self.source_uri(image) for image in images]
+        if before != now:
+            raise FileExistsError(
+                f"OUT must hold results of the same scans, got {sidecar.name} made from {before}, not {now}. "
+                "Choose another folder, rename the subject, or give --overwrite."
+            )
+        return True
+
     def sidecars(self, ending: str) -> Iterator[tuple[Path, dict]]:
         """Sidecars whose names end so, with what they hold, by path."""
         for path in sorted(self.root.glob(f"sub-*/**/*{ending}")):
             if not path.name.startswith("."):
-                yield path, read_json(path)
+                with suppress(FileNotFoundError):  # another process writes it anew
+                    yield path, read_json(path)
 
     def write_table(self, name: str, columns: Iterable[str], rows: Callable[[], Iterable[dict]]) -> None:
         """Write a table of what is there, and again until it is: others may have added to it meanwhile."""
@@ -173,12 +208,7 @@ class Derivative:
 
     def fail(self, scan: Scan, error: BaseException) -> None:
         """Note that a scan failed; `write_errors` makes the table."""
-        row = {
-            "participant_id": f"sub-{scan.subject}",
-            "session_id": None if scan.session is None else f"ses-{scan.session}",
-            "error": type(error).__name__,
-            "message": " ".join(str(error).split()),
-        }
+        row = failure_row(scan, error)
         self._failure(scan).parent.mkdir(parents=True, exist_ok=True)
         write_json(self._failure(scan), row)
 
@@ -201,6 +231,18 @@ class Derivative:
         for path in sorted((self.root / _STATE / "errors").glob("*.json")):
             with suppress(FileNotFoundError):  # another process's scan has succeeded meanwhile
                 yield read_json(path)
+
+
+def participant(scan: Scan) -> dict[str, str | None]:
+    """Whose row of a table it is, by BIDS' columns."""
+    session = None if scan.session is None else f"ses-{scan.session}"
+    return {"participant_id": f"sub-{scan.subject}", "session_id": session}
+
+
+def failure_row(scan: Scan, error: BaseException) -> dict[str, str | None]:
+    """A row of `ERROR_COLUMNS`."""
+    message = " ".join(str(error).split())
+    return {**participant(scan), "error": type(error).__name__, "message": message}
 
 
 def changes(before: dict, after: dict) -> str:

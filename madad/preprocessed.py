@@ -11,7 +11,7 @@ import numpy as np
 
 from madad._version import __version__
 from madad.datasets import Scan
-from madad.derivatives import Derivative, read_json, write_json, write_text
+from madad.derivatives import Derivative, participant, read_json, write_json, write_text
 from madad.mri import (
     AffineRegistration,
     PreprocessedVolume,
@@ -62,7 +62,7 @@ class PreprocessedFiles:
 def preprocess_scan(
     preprocessor: VolumePreprocessor, scan: Scan, contrasts: Sequence[str] | None = None
 ) -> dict[str, PreprocessedVolume]:
-    """Preprocess the contrasts of a person, on the grid of the first.
+    """Preprocess the contrasts of a person, all on one grid.
 
     Parameters
     ----------
@@ -74,6 +74,12 @@ def preprocess_scan(
     Returns
     -------
     dict of str to PreprocessedVolume
+
+    Notes
+    -----
+    The contrast that the others are brought to, and whose brain is theirs, is the first in the order of
+    `NAMES` that the scan has, or with a brain mask the first on the mask's grid: whichever contrasts are
+    asked for, so that a contrast is prepared alike in training and later.
 
     Raises
     ------
@@ -87,8 +93,20 @@ def preprocess_scan(
             f"contrasts must be among those of sub-{scan.subject}, got {missing}, with {sorted(scan.images)} "
             "there. Add the files, or leave the subject out."
         )
-    volumes = preprocessor.preprocess_contrasts([scan.images[name] for name in names], scan.brain_mask)
-    return dict(zip(names, volumes, strict=True))
+    reference = _reference(scan)
+    needed = [reference, *(name for name in names if name != reference)]
+    images = [scan.images[name] for name in needed]
+    found = dict(zip(needed, preprocessor.preprocess_contrasts(images, scan.brain_mask), strict=True))
+    return {name: found[name] for name in names}
+
+
+def _reference(scan: Scan) -> str:
+    """The contrast that the others are brought to."""
+    names = _in_order(scan.images)
+    if scan.brain_mask is None or len(names) == 1:
+        return names[0]
+    mask = read_volume(scan.brain_mask)
+    return next((name for name in names if same_grid(read_volume(scan.images[name]), mask)), names[0])
 
 
 def write_preprocessed(
@@ -127,7 +145,7 @@ def write_preprocessed(
     write_json(_sidecar_of(path), reference | facts)
     if scan.lesion_mask is not None:
         path = folder.path(scan, _EXPERT, space)
-        write_like(path, _lesion_on_grid(scan, volumes.values()), first.volume, dtype=np.uint8)
+        write_like(path, lesion_on_grid(scan, volumes.values()), first.volume, dtype=np.uint8)
         facts = {
             "Type": "Lesion",
             "Description": "The lesion mask that came with the scan.",
@@ -153,15 +171,23 @@ def write_preprocessed(
 
 
 def is_preprocessed_whole(folder: Derivative, scan: Scan, *, template: bool) -> bool:
-    """Whether all contrasts of a scan, and its lesion mask, are there."""
-    space = TEMPLATE_SPACE if template else None
+    """Whether all contrasts of a scan, and its lesion mask, are there.
+
+    Raises
+    ------
+    FileExistsError
+        If they are, but of other files.
+    """
     if not set(scan.images) <= set(NAMES):
         return False
-    names = [bids_name(contrast) for contrast in scan.images]
-    endings = [(f"desc-preproc_{suffix}.json", entity) for entity, suffix in names]
+    space = TEMPLATE_SPACE if template else None
+    sidecars = {}
+    for contrast, image in scan.images.items():
+        entity, suffix = bids_name(contrast)
+        sidecars[folder.path(scan, f"desc-preproc_{suffix}.json", space, entity=entity)] = image
     if scan.lesion_mask is not None:
-        endings.append((_EXPERT.replace(".nii.gz", ".json"), ""))
-    return all(folder.path(scan, ending, space, entity=entity).is_file() for ending, entity in endings)
+        sidecars[folder.path(scan, _EXPERT.replace(".nii.gz", ".json"), space)] = scan.lesion_mask
+    return all(folder.is_made_from(sidecar, [image]) for sidecar, image in sidecars.items())
 
 
 def find_preprocessed(folder: Derivative) -> list[PreprocessedFiles]:
@@ -251,8 +277,7 @@ def write_preprocessing_table(folder: Derivative) -> None:
             for name in _in_order(contrasts):
                 facts = contrasts[name][1]["madad"]
                 yield {
-                    "participant_id": f"sub-{subject}",
-                    "session_id": f"ses-{session}" if session else None,
+                    **participant(Scan(subject, {}, session=session or None)),
                     "contrast": name,
                     "brain_made_by": facts["brain_made_by"],
                     "brain_ml": facts["brain_ml"],
@@ -330,7 +355,7 @@ def _facts_of(contrast: str, volume: PreprocessedVolume, notes: Sequence[str]) -
     }
 
 
-def _lesion_on_grid(scan: Scan, volumes: Iterable[PreprocessedVolume]) -> np.ndarray:
+def lesion_on_grid(scan: Scan, volumes: Iterable[PreprocessedVolume]) -> np.ndarray:
     """A scan's lesion mask on the grid of its preprocessed volumes; it may be drawn on any contrast."""
     mask = read_volume(scan.lesion_mask)
     volumes = list(volumes)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from madad._tensors import resolve_device
 from madad.anomaly_map import healthy_threshold
 from madad.baselines import IntensityThreshold
 from madad.checkpoint import CALIBRATION, CONFIG, read_card
@@ -23,7 +24,7 @@ from madad.mri.healthy import MIN_TISSUE_CONTRAST
 from madad.mri.slices import TOLERANCE
 from madad.persistence import load_card
 from madad.preprocessed import preprocess_scan, registration_warnings
-from madad.volumes import VolumePrediction, predict_volume, slices_of_contrasts
+from madad.volumes import VolumePrediction, check_aggregation, predict_volume, slices_of_contrasts
 
 MAX_CALIBRATION_VOLUMES = 40
 """Of held-out volumes, so many set the thresholds of volumes: their maps are in memory together."""
@@ -74,6 +75,7 @@ class VolumeModel:
             If something is missing or damaged, or the model was trained on arrays, so that it is not known
             how volumes become its slices.
         """
+        resolve_device(device)
         detector = MaskedDiffusionAnomalyDetector.load(path).set_params(device=device)
         card = load_card(path)
         if card.preprocessor is None or card.slicer is None:
@@ -214,6 +216,7 @@ def fit_volumes(
         )
     over = progress or (lambda indices, what: indices)
     aggregation = aggregation or {}
+    check_aggregation(**aggregation)
     order = range(len(subjects))
     slicer = _fitted(slicer, (read(i).contrasts[0] for i in over(order, "sizes")))
     with tempfile.TemporaryDirectory(dir=scratch, prefix="slices-") as folder:
@@ -275,7 +278,7 @@ def _slices_on_disk(
                 lesion = (volume.lesion_mask > 0).astype(np.float32)  # floats: no voxel falls between pixels
                 kept = ~geometry.to_slices(lesion).any(axis=(1, 2))
                 with_lesion |= {i} if lesion.any() else set()
-            else:
+            if i not in with_lesion:
                 for name, one in zip(contrasts, volume.contrasts, strict=True):
                     healthy[name].add(one, in_template=volume.contrasts[0].registration is not None)
             n_with_lesion += int(np.count_nonzero(~kept))

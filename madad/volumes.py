@@ -108,13 +108,7 @@ def predict_volume(
     ValueError
         If a parameter is out of its range, or the slicer finds no brain or one that does not fit its slices.
     """
-    if median_slices < 1 or median_slices % 2 == 0:
-        raise ValueError(
-            f"median_slices must be an odd number above 0, got {median_slices!r}. 1 is no filter."
-        )
-    for name, value in (("smoothing_mm", smoothing_mm), ("min_volume_ml", min_volume_ml)):
-        if not 0 <= value < np.inf:
-            raise ValueError(f"{name} must be finite and 0 or more, got {value!r}. 0 switches it off.")
+    check_aggregation(smoothing_mm, median_slices, min_volume_ml)
     channels = [preprocessed] if isinstance(preprocessed, PreprocessedVolume) else list(preprocessed)
     preprocessed = channels[0]
     images, masks, geometry = slices_of_contrasts(slicer, channels)
@@ -133,6 +127,17 @@ def predict_volume(
     flat = (1, -1, maps.shape[-1])
     score = -float(pool_map(maps.reshape(flat), masks.reshape(flat))[0])
     return VolumePrediction(anomaly_map, labels, components, score, preprocessed)
+
+
+def check_aggregation(smoothing_mm: float = 0.0, median_slices: int = 1, min_volume_ml: float = 0.0) -> None:
+    """Raise ValueError for parameters of `predict_volume` outside their ranges."""
+    if median_slices < 1 or median_slices % 2 == 0:
+        raise ValueError(
+            f"median_slices must be an odd number above 0, got {median_slices!r}. 1 is no filter."
+        )
+    for name, value in (("smoothing_mm", smoothing_mm), ("min_volume_ml", min_volume_ml)):
+        if not 0 <= value < np.inf:
+            raise ValueError(f"{name} must be finite and 0 or more, got {value!r}. 0 switches it off.")
 
 
 def slices_of_contrasts(

@@ -455,3 +455,11 @@ def test_pixels_that_differ():
     )
     with pytest.raises(ValueError, match=message):
         fit(read, slicer=VolumeSlicer(spacing_mm=None))
+
+
+def test_volumes_with_an_empty_lesion_mask_are_healthy():
+    def read_with_empty_masks(i):
+        return HealthyVolume([prepared(i)], np.zeros(SHAPE, bool))
+
+    assert fit(read_with_empty_masks).card.healthy["T1"].n == len(SUBJECTS)
+    assert fit().card.healthy["T1"].n == len(SUBJECTS) - len(WITH_LESION)

@@ -1,6 +1,6 @@
 """Write a small cohort as a hospital has it, NIfTI files and two tables, from the project's real scans.
 
-Healthy T1: three heads as they came from the scanner, and 42 people of whom the slices of half a brain's
+Healthy T1: three heads as they came from the scanner, and 43 people of whom the slices of half a brain's
 height are known, with a brain mask, written as volumes of 2 mm. Patients: a glioma and two with multiple
 sclerosis, in T1, T2 and FLAIR, with the experts' lesion masks.
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ from madad.datasets import Scan, find_scans, scan_name
 from madad.derivatives import DESCRIPTION, Derivative, read_json
 from madad.preprocessed import STEP as PREPROCESS
 
+OF_ONE_SCAN = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
+"""Errors that cost a row, and not the cohort."""
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 """What the next scan would meet as well: no space, no quota, a read-only disk."""
 Item = TypeVar("Item")
@@ -111,7 +113,8 @@ def raw_scans(
     Raises
     ------
     ValueError
-        If the next run would take its own results, in ``out``, for scans.
+        If an input is a part of what madad made, or the next run would take its own results, in ``out``, for
+        scans.
     """
     searched = [folder for folder in inputs if out is not None and _would_be_searched(folder, out)]
     if out is not None and searched:
@@ -119,11 +122,22 @@ def raw_scans(
             f"OUT must not be searched for scans, got {out}, which lies in {searched[0]}. Choose a folder "
             f"beside it, or {searched[0] / 'derivatives' / out.name}."
         )
+    for path in inputs:
+        _refuse_results(path)
     scans = find_scans(inputs, contrast=contrast)
-    if out is not None:  # in the derivatives of a BIDS folder, an interrupted run has left masks
-        scans = [_without_masks_in(out, scan) for scan in scans]
     is_bids = len(inputs) == 1 and (inputs[0] / DESCRIPTION).is_file()
     return scans, inputs[0] if is_bids else Path(Path(os.path.abspath(inputs[0])).anchor)
+
+
+def _refuse_results(path: Path) -> None:
+    """Raise ValueError for what madad itself has made: it would be prepared a second time."""
+    path = Path(os.path.abspath(path))
+    for folder in (path, *path.parents):
+        if (folder / DESCRIPTION).is_file() and "madad" in read_json(folder / DESCRIPTION):
+            raise ValueError(
+                f"IN must be scans as they came, or one whole folder of madad preprocess, got {path}, which "
+                f"is of the results in {folder}. Give {folder} alone if it is such a folder."
+            )
 
 
 def _would_be_searched(folder: Path, out: Path) -> bool:
@@ -134,14 +148,12 @@ def _would_be_searched(folder: Path, out: Path) -> bool:
     return not any(part == "derivatives" or part[0] == "." for part in out.relative_to(folder).parts)
 
 
-def _without_masks_in(out: Path, scan: Scan) -> Scan:
-    root = os.path.abspath(out)
-
-    def of_others(mask: Path | None) -> Path | None:
-        is_own = mask is not None and Path(os.path.abspath(mask)).is_relative_to(root)
-        return None if is_own else mask
-
-    return replace(scan, brain_mask=of_others(scan.brain_mask), lesion_mask=of_others(scan.lesion_mask))
+def begin(folder: Derivative, options: argparse.Namespace, name: str, **what) -> None:
+    """Make OUT ready, or in a dry run say whether it would be refused."""
+    if options.dry_run:
+        folder.check(overwrite=options.overwrite, **what)
+    else:
+        folder.start(name=name, overwrite=options.overwrite, **what)
 
 
 def for_each(
@@ -176,7 +188,7 @@ def for_each(
     """
     tally, todo = Tally(), []
     for scan, item in scans:
-        if is_done(scan) and not folder.has_failed(scan) and not options.overwrite:
+        if not options.overwrite and is_done(scan) and not folder.has_failed(scan):
             tally.skipped.append(scan_name(scan))
         else:
             todo.append((scan, item))
@@ -187,8 +199,8 @@ def for_each(
         name = scan_name(scan)
         try:
             found = work(item)
-        except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
-            if isinstance(error, OSError) and error.errno in _FATAL:
+        except OF_ONE_SCAN as error:
+            if is_fatal(error):
                 raise
             folder.fail(scan, error)
             tally.failed[name] = " ".join(str(error).split())
@@ -200,6 +212,11 @@ def for_each(
     return tally
 
 
+def is_fatal(error: BaseException) -> bool:
+    """Whether each scan after this one would fail alike."""
+    return isinstance(error, OSError) and error.errno in _FATAL
+
+
 def progress(items: Sequence[Item], what: str, options: argparse.Namespace) -> Iterable[Item]:
     """The items behind a progress bar on stderr, with the time left."""
     return tqdm(items, desc=what, unit="file", disable=options.quiet or options.json, file=sys.stderr)
@@ -207,9 +224,13 @@ def progress(items: Sequence[Item], what: str, options: argparse.Namespace) -> I
 
 @contextmanager
 def noted_warnings() -> Iterator[list[str]]:
-    """Collect the texts of a block's warnings, each once, instead of showing them."""
+    """Collect the texts of a block's warnings to users, each once, instead of showing them."""
     texts: list[str] = []
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", UserWarning)
         yield texts
-    texts += dict.fromkeys(str(one.message) for one in found if one.category is UserWarning)
+    for one in found:
+        if not issubclass(one.category, UserWarning):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        elif str(one.message) not in texts:
+            texts.append(str(one.message))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,14 +14,23 @@ from typing import Any
 import numpy as np
 
 from madad._version import __version__
-from madad.cli._cohort import add_output_arguments, noted_warnings, progress
+from madad.cli._cohort import OF_ONE_SCAN, add_output_arguments, is_fatal, noted_warnings, progress
 from madad.cli._output import table
 from madad.cli.predict import Load, add_scan_arguments, scans_to_judge
 from madad.datasets import Scan, scan_name
-from madad.derivatives import ERROR_COLUMNS, ERRORS, table_text, write_json, write_text
+from madad.derivatives import (
+    ERROR_COLUMNS,
+    ERRORS,
+    failure_row,
+    participant,
+    table_text,
+    write_json,
+    write_text,
+)
 from madad.metrics import auprc, dice_at_threshold, evaluate_maps, lesion_detection, max_dice_per_image
-from madad.mri import check_same_grid, read_volume
+from madad.mri import read_volume, same_grid
 from madad.plotting import volume_figure
+from madad.preprocessed import lesion_on_grid
 from madad.volume_model import VolumeModel, model_hash
 
 OURS = "mad-ad"
@@ -62,6 +72,11 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, and write evaluation.json, evaluation.tsv, errors.tsv and figures."""
+    if options.card and options.threshold is not None:
+        raise ValueError(
+            f"--threshold must be the model's where --card notes the result, got {options.threshold}. "
+            "Leave one of the two out."
+        )
     model = VolumeModel.load(options.model, options.device)
     scans, _ = scans_to_judge(model, options)
     scans = [(scan, load) for scan, load in scans if scan.lesion_mask is not None]
@@ -76,8 +91,11 @@ def run(options: argparse.Namespace) -> int:
     for scan, load in progress(scans, "scans", options):
         try:
             rows += _judge(model, scan, load, thresholds, voxels, options)
-        except (ValueError, OSError) as error:
-            errors.append(_error_row(scan, error))
+        except OF_ONE_SCAN as error:
+            if is_fatal(error):
+                raise
+            errors.append(failure_row(scan, error))
+            print(f"{scan_name(scan)}: failed: {errors[-1]['message']}", file=sys.stderr)
     results: dict[str, Any] = {
         "model": model_hash(options.model),
         "version": __version__,
@@ -93,8 +111,8 @@ def run(options: argparse.Namespace) -> int:
         model.save(options.model)
     if options.json:
         print(json.dumps(results | {"errors": errors}, indent=2))
-    elif voxels.subjects:
-        print(table(results["methods"], COLUMNS))
+    else:
+        print(table(results["methods"], COLUMNS) if voxels.subjects else "")
         print(f"\n{len(voxels.subjects)} volumes, {len(errors)} failed: {options.out}/")
     return 1 if errors else 0
 
@@ -123,8 +141,10 @@ def _judge(
         prediction = model.predict(volumes, thresholds[OURS])
         expert = read_volume(scan.lesion_mask)
     first = prediction.preprocessed
-    check_same_grid(first.source, expert)
-    lesion = expert.values > 0
+    if same_grid(first.source, expert):
+        lesion = expert.values > 0
+    else:  # drawn on another of the model's contrasts
+        lesion = first.to_source(lesion_on_grid(scan, volumes))
     if not lesion.any():
         raise ValueError(f"lesion_mask must show a lesion, got none in {expert.name}. Leave the scan out.")
     maps = {OURS: prediction.on_source()[0]}
@@ -136,8 +156,7 @@ def _judge(
     for name, values in maps.items():
         rows.append(
             {
-                "participant_id": f"sub-{scan.subject}",
-                "session_id": None if scan.session is None else f"ses-{scan.session}",
+                **participant(scan),
                 "method": name,
                 "lesion_ml": float(np.count_nonzero(lesion) * voxel_ml),
                 **_row(lesion, values, seen, thresholds[name]),
@@ -197,13 +216,4 @@ def _results(voxels: Voxels, thresholds: Mapping[str, float]) -> dict[str, dict]
 def _brief(results: dict) -> dict:
     return {"volumes": results["volumes"]} | {
         name: {column: values[column] for column in COLUMNS} for name, values in results["methods"].items()
-    }
-
-
-def _error_row(scan: Scan, error: BaseException) -> dict:
-    return {
-        "participant_id": f"sub-{scan.subject}",
-        "session_id": None if scan.session is None else f"ses-{scan.session}",
-        "error": type(error).__name__,
-        "message": str(error),
     }

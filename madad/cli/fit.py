@@ -55,7 +55,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     volumes.add_argument("--smoothing-mm", type=float, default=0.0, help="Gaussian across slices")
     volumes.add_argument("--min-volume-ml", type=float, default=0.0, help="leave smaller components out")
     training = parser.add_argument_group("training")
-    training.add_argument("--max-time", type=float, metavar="S", help="train for at most so many seconds")
+    training.add_argument("--max-time", type=seconds, metavar="S", help="train for at most so many seconds")
     training.add_argument("--precision", help="float32 or bfloat16")
     training.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     training.add_argument("--seed", type=int, default=0)
@@ -63,6 +63,14 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     training.add_argument("--overwrite", action="store_true", help="replace MODEL, forget an interrupted run")
     add_output_arguments(parser)
     parser.set_defaults(run=run)
+
+
+def seconds(text: str) -> float:
+    """A positive number."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    return value
 
 
 def run(options: argparse.Namespace) -> int:
@@ -130,7 +138,9 @@ def _contrasts(wanted: Sequence[str] | None, files: Sequence[PreprocessedFiles])
     found = list(dict.fromkeys(name for one in files for name in one.sidecars))
     if wanted is None and len(found) > 1:
         raise ValueError(f"--contrasts must be given where DATA has several, got {found}. Choose of these.")
-    wanted = found if wanted is None else list(wanted)
+    wanted = found if wanted is None else [name.upper().removesuffix("W") for name in wanted]
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"--contrasts must differ, got {wanted}. Name each once.")
     lacking = [one.scan.subject for one in files if not set(wanted) <= set(one.sidecars)]
     if lacking:
         raise ValueError(
@@ -201,7 +211,7 @@ def _report(options: argparse.Namespace, model: VolumeModel) -> None:
     )
     if facts["held_out_volumes"] * (1 - model.detector.image_specificity) < 1:
         print(
-            f"Only {facts['held_out_volumes']} volumes were held out: the offset of volumes is their lowest "
-            "score.",
+            f"Volumes held out for the thresholds: {facts['held_out_volumes']}. The offset of volumes is "
+            "their lowest score.",
             file=sys.stderr,
         )

@@ -14,6 +14,7 @@ import torch
 from madad._version import __version__
 from madad.cli._cohort import (
     add_cohort_arguments,
+    begin,
     for_each,
     is_preprocessed,
     noted_warnings,
@@ -62,7 +63,15 @@ def add_scan_arguments(parser: argparse.ArgumentParser, name: str = "IN") -> Non
     parser.add_argument("inputs", type=Path, nargs="+", metavar=name)
     parser.add_argument("--contrast", help="of files whose names do not tell: T1, T2, PD, FLAIR, T1CE")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--threshold", type=float, help="of the map, 0..1 (default: the model's)")
+    parser.add_argument("--threshold", type=share, help="of the map, 0..1 (default: the model's)")
+
+
+def share(text: str) -> float:
+    """A number in 0..1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in 0..1, got {text!r}")
+    return value
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,10 +82,10 @@ def run(options: argparse.Namespace) -> int:
     settings = {"model": model_hash(options.model), "space": space or "orig", "threshold": threshold}
     scans, source = scans_to_judge(model, options, out=options.out, needs_source=space is None)
     folder = Derivative(options.out)
-    if not options.dry_run:
-        folder.start(
-            name="Anomaly maps", step=STEP, parameters=settings, source=source, overwrite=options.overwrite
-        )
+    begin(folder, options, "Anomaly maps", step=STEP, parameters=settings, source=source)
+
+    def images_of(scan: Scan) -> list[Path]:
+        return [scan.images[name] for name in model.card.contrasts if name in scan.images]
 
     def work(item: tuple[Scan, Load]) -> list[str]:
         scan, load = item
@@ -85,14 +94,14 @@ def run(options: argparse.Namespace) -> int:
             doubts = model.doubts(volumes)
             prediction = model.predict(volumes, threshold)
         facts = {**_facts(model, prediction), "settings": settings, "warnings": [*noted, *doubts]}
-        sources = [folder.source_uri(scan.images[name]) for name in model.card.contrasts]
+        sources = [folder.source_uri(image) for image in images_of(scan)]
         _write(folder, scan, prediction, facts, sources, space)
         return facts["warnings"]
 
     tally = for_each(
         [(scan, (scan, load)) for scan, load in share_of(scans, options)],
         work,
-        is_done=lambda scan: folder.path(scan, f"{MAP}.json", space).is_file(),
+        is_done=lambda scan: folder.is_made_from(folder.path(scan, f"{MAP}.json", space), images_of(scan)),
         folder=folder,
         options=options,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from madad.cli._cohort import (
     add_cohort_arguments,
+    begin,
     for_each,
     noted_warnings,
     raw_scans,
@@ -62,14 +63,14 @@ def run(options: argparse.Namespace) -> int:
     )
     scans, source = raw_scans(options.inputs, options.contrast, options.out)
     folder = Derivative(options.out)
-    if not options.dry_run:
-        folder.start(
-            name="Preprocessed volumes",
-            step=STEP,
-            parameters=preprocessing_of(preprocessor),
-            source=source,
-            overwrite=options.overwrite,
-        )
+    begin(
+        folder,
+        options,
+        "Preprocessed volumes",
+        step=STEP,
+        parameters=preprocessing_of(preprocessor),
+        source=source,
+    )
 
     def work(scan: Scan) -> list[str]:
         for contrast in scan.images:

@@ -16,7 +16,11 @@ _LABELS = re.compile(
     r"|(?P<other>mask|labels?|dseg|roi|parcellation))$"
 )
 _CONTRASTS = {"t1": "T1", "t1w": "T1", "pd": "PD", "pdw": "PD", "t2": "T2", "t2w": "T2", "flair": "FLAIR"}
-_CONTRASTS |= dict.fromkeys(["t1ce", "t1c", "t1gd"], "T1CE")
+_CONTRASTS |= dict.fromkeys(["t1ce", "t1c", "t1gd"], "T1CE") | {
+    "t1n": "T1",
+    "t2f": "FLAIR",
+    "t2flair": "FLAIR",
+}
 _SEPARATORS = {".tsv": "\t", ".csv": ","}
 _COLUMNS = ("image", "subject", "session", "contrast", "brain_mask", "lesion_mask")
 
@@ -156,6 +160,8 @@ def _read_name(path):
     words = _WORD.findall(_LABELS.sub("", stem))
     at = max((i for i, word in enumerate(words) if word.lower() in _CONTRASTS), default=None)
     contrast = None if at is None else _contrast_name(words.pop(at))
+    if contrast == "FLAIR" and at and words[at - 1].lower() in ("t1", "t2"):  # T2_FLAIR is one contrast
+        words.pop(at - 1)
     if subject:
         session = _label(entities.get("ses", "")) or None
         return subject, session, _mask_role(entities, suffix) or kind, _contrast(entities, suffix) or contrast

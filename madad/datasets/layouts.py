@@ -1,8 +1,10 @@
 """Which files of a cohort belong together, in the folder layouts their owners distribute.
 
-Nothing is opened here: names alone decide. See `madad.datasets.load_scans` for the slices.
+Names alone decide: nothing is opened here but descriptions of derivatives. `madad.datasets.load_scans` reads
+the slices.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -130,7 +132,7 @@ def find_bids(root, *, space=None):
         Folder with ``sub-*/anat/`` or ``sub-*/ses-*/anat/`` and in it ``*_T1w``, ``*_T2w``, ``*_PDw`` or
         ``*_FLAIR`` (``.nii`` or ``.nii.gz``). Lesion masks (``_mask`` or ``_roi`` with ``label-L`` or a label
         or desc that contains "lesion") and brain masks (``desc-brain`` or ``label-brain``) lie beside the
-        images or under ``derivatives/*/sub-*/``.
+        images or under ``derivatives/*/sub-*/``, but not in what madad itself has written there.
     space : str, default=None
         Read images and masks of this ``space-<label>``; None: those on the grid of the raw images.
 
@@ -149,7 +151,8 @@ def find_bids(root, *, space=None):
     root = _existing(root)
     images = _nifti_files(root.glob("sub-*/anat/*.nii*"), root.glob("sub-*/ses-*/anat/*.nii*"))
     folders = ("", "anat/", "ses-*/", "ses-*/anat/")
-    derived = _nifti_files(*(root.glob(f"derivatives/*/sub-*/{folder}*.nii*") for folder in folders))
+    others = [one for one in root.glob("derivatives/*") if not _is_ours(one)]
+    derived = _nifti_files(*(one.glob(f"sub-*/{folder}*.nii*") for one in others for folder in folders))
     scans = _scans_by_bids_names(images, images + derived)
     wanted = None if space in _OWN_SPACES else space
     found = [scan for (_, _, scan_space), scan in scans.items() if scan_space == wanted]
@@ -158,6 +161,15 @@ def find_bids(root, *, space=None):
         what = f"images like sub-01/anat/sub-01_T1w.nii.gz for space={space!r}"
         raise _nothing_found(root, what, f"images for {' and '.join(spaces)} only" if spaces else None)
     return found
+
+
+def _is_ours(derivative):
+    """Whether madad wrote a derivative: its masks are made from the images, and no further knowledge."""
+    try:
+        description = json.loads((derivative / "dataset_description.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(description, dict) and "madad" in description
 
 
 def _scans_by_bids_names(image_files, mask_files):

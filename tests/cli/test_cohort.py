@@ -275,16 +275,19 @@ def test_shards_with_bad_scans_leave_one_table_of_errors(run, step, bad_cohort, 
 def test_done_again_what_fails_now_keeps_its_results_and_is_tried_again(
     run, step, whole, cohort, patients, tmp_path, tree, rows_of
 ):
-    out, table = tmp_path / "out", tmp_path / "scans.tsv"
+    out, image = tmp_path / "out", patients.parent / "p1.nii.gz"
     shutil.copytree(whole, out)
-    table.write_text(cohort.read_text().replace(str(patients.parent / "p1.nii.gz"), "gone.nii.gz"))
-    command = step.arguments(table, out)
-    assert run(*command)[0] == 0  # done is done
-    for flags in (["--overwrite"], []):
-        assert run(*command, *flags)[0] == 1
-        assert [row["participant_id"] for row in rows_of(out / "errors.tsv")] == ["sub-p1"]
-        assert tree(out / "sub-p1") == tree(whole / "sub-p1")
-    assert run(*step.arguments(cohort, out))[0] == 0
+    command = step.arguments(cohort, out)
+    away = image.rename(tmp_path / "away")
+    try:
+        assert run(*command)[0] == 0  # done is done
+        for flags in (["--overwrite"], []):
+            assert run(*command, *flags)[0] == 1
+            assert [row["participant_id"] for row in rows_of(out / "errors.tsv")] == ["sub-p1"]
+            assert tree(out / "sub-p1") == tree(whole / "sub-p1")
+    finally:
+        away.rename(image)
+    assert run(*command)[0] == 0
     assert tree(out) == tree(whole)
 
 
@@ -332,12 +335,12 @@ def test_what_each_scan_would_meet_ends_the_cohort(tmp_path, error):
 
 
 def test_warnings_are_noted_once_and_only_those_for_users():
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
+    with pytest.warns(DeprecationWarning, match="of another library") as shown:
         with noted_warnings() as noted:
             for _ in range(2):
                 warnings.warn("Poor.", stacklevel=1)
             warnings.warn("of another library", DeprecationWarning, stacklevel=1)
+    assert len(shown) == 1
     assert noted == ["Poor."]
 
 
@@ -532,3 +535,121 @@ def test_the_bids_validator_accepts_the_results(run, step, bids, tmp_path):
 @pytest.mark.slow
 def test_the_bids_validator_accepts_results_on_the_template(on_template):
     assert errors_of_validator(on_template[1]) == 0
+
+
+# What may be taken for what
+
+
+def save_on_other_grid(save, path, values):
+    """The volume without some of its border, so that its grid is another."""
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    affine[:3, 3] = np.array([-70, -90, -60]) + 4.0 * np.array([1, 0, 2])
+    return save(path, values[1:, :, 2:], affine=affine)
+
+
+@pytest.fixture(scope="module")
+def on_two_grids(run, brain, save, write_table, tmp_path_factory):
+    """A table of T1 and FLAIR on two grids, with lesion masks drawn on FLAIR, and these preprocessed."""
+    folder, rows = tmp_path_factory.mktemp("grids"), []
+    for i in range(3):
+        values, inside, lesion = brain(i, lesion=True)
+        flair, _, _ = brain(i, contrast="FLAIR", lesion=True)
+        masks = {
+            "lesion_mask": save_on_other_grid(
+                save, folder / f"g{i}_lesion.nii.gz", lesion.astype(np.float32)
+            ),
+            "brain_mask": save(folder / f"g{i}_brain.nii.gz", inside, dtype=np.uint8),
+        }
+        for name, image in (
+            ("FLAIR", save_on_other_grid(save, folder / f"g{i}_FLAIR.nii.gz", flair)),
+            ("T1", save(folder / f"g{i}_T1.nii.gz", values)),
+        ):
+            rows.append({"subject": f"g{i}", "contrast": name, "image": image, **masks})
+    table = write_table(folder / "scans.tsv", rows)
+    assert run("preprocess", table, folder / "prepared", "--no-template", "--quiet")[0] == 0
+    return table, folder / "prepared"
+
+
+@pytest.mark.parametrize("contrasts", [("FLAIR",), ("FLAIR", "T1"), ("t1w", "flair")])
+def test_any_choice_of_contrasts_is_prepared_as_in_training(run, on_two_grids, tmp_path, contrasts):
+    table, prepared = on_two_grids
+    model = tmp_path / "model"
+    options = ("--preset", "tiny", "--spacing-mm", "4", "--device", "cpu", "--quiet")
+    assert run("fit", prepared, model, *options, "--contrasts", *contrasts)[0] == 0
+    for scans, out in ((table, "raw"), (prepared, "again")):
+        assert run("predict", model, scans, tmp_path / out, "--quiet")[0] == 0
+    maps = sorted((tmp_path / "raw").rglob("*_statmap.nii.gz"))
+    assert len(maps) == 3
+    for path in maps:
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "raw")).read_bytes()
+    if len(contrasts) == 2:  # the mask was drawn on one of them
+        status, _, errors = run("evaluate", model, table, "--out", tmp_path / "e", "--no-figures", "--quiet")
+        assert (status, errors) == (0, "")
+        assert json.loads((tmp_path / "e" / "evaluation.json").read_text())["volumes"] == 3
+
+
+def test_a_contrast_twice_is_refused(run, on_two_grids, tmp_path):
+    status, _, errors = run("fit", on_two_grids[1], tmp_path / "model", "--contrasts", "T1", "t1")
+    assert status == 2 and "['T1', 'T1']" in errors
+
+
+def test_another_person_of_the_same_name_is_not_skipped_as_done(
+    run, step, brain, save, write_table, tmp_path, tree
+):
+    for site in ("a", "b"):
+        image = save(tmp_path / site / "p01_T1.nii.gz", brain(ord(site))[0])
+        write_table(tmp_path / f"{site}.tsv", [{"subject": "p01", "contrast": "T1", "image": image}])
+    out = tmp_path / "out"
+    assert run(*step.arguments(tmp_path / "a.tsv", out))[0] == 0
+    before = tree(out)
+    status, _, errors = run(*step.arguments(tmp_path / "b.tsv", out))
+    assert status == 2
+    assert "same scans" in errors and "/a/p01_T1.nii.gz" in errors and "/b/p01_T1.nii.gz" in errors
+    assert tree(out) == before
+
+
+def test_a_part_of_our_results_is_not_taken_for_scans(run, step, prepared, tmp_path):
+    for scans in (prepared / "sub-h1", prepared / "sub-h1" / "anat" / "sub-h1_desc-preproc_T1w.nii.gz"):
+        status, _, errors = run(*step.arguments(scans, tmp_path / "out"))
+        assert status == 2 and "scans as they came" in errors and str(prepared) in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_lead_to_the_file_that_was_read(run, model, brain, save, write_table, tmp_path):
+    save(tmp_path / "real" / "images" / "p_T1.nii.gz", brain(4)[0])
+    (tmp_path / "real" / "tables").mkdir()
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "link").symlink_to(tmp_path / "real" / "tables")
+    row = {"subject": "p", "contrast": "T1", "image": "../images/p_T1.nii.gz"}
+    table = write_table(tmp_path / "far" / "link" / "t.tsv", [row])
+    assert run("preprocess", table, tmp_path / "prepared", "--no-template", "--quiet")[0] == 0
+    assert run("predict", model, tmp_path / "prepared", tmp_path / "maps", "--quiet")[0] == 0
+
+
+def test_what_is_out_of_range_is_said_before_anything_is_trained(run, prepared, model, patients, tmp_path):
+    status, _, errors = run("fit", prepared, tmp_path / "model", "--median-slices", "2", "--preset", "tiny")
+    assert status == 2 and "median_slices must be an odd number" in errors
+    assert not list(tmp_path.rglob("checkpoints/*"))
+    for flags in (("--threshold", "5"), ("--threshold", "nan")):
+        with pytest.raises(SystemExit):
+            run("predict", model, patients, tmp_path / "out", *flags)
+    status, _, errors = run("predict", model, patients, tmp_path / "out", "--device", "abacus")
+    assert status == 2 and "'abacus'" in errors
+    command = ("evaluate", model, patients, "--out", tmp_path / "out", "--card", "--threshold", "0.5")
+    status, _, errors = run(*command)
+    assert status == 2 and "--threshold must be the model's" in errors and "0.5" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_would_be_refused(run, step, whole, cohort, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    status, _, errors = run(*step.arguments(cohort, tmp_path, "--dry-run"))
+    assert status == 2 and "something else" in errors
+
+
+def test_masks_of_our_own_are_no_further_knowledge(run, brain, save, tmp_path, rows_of):
+    raw = tmp_path / "raw"
+    save(raw / "sub-01" / "anat" / "sub-01_T1w.nii.gz", brain(5)[0])
+    for out in (raw / "derivatives" / "prep", tmp_path / "again"):
+        assert run("preprocess", raw, out, "--no-template", "--quiet")[0] == 0
+        assert rows_of(out / "preprocessing.tsv")[0]["brain_made_by"] == "stripped"

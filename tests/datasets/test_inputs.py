@@ -436,3 +436,17 @@ def test_contrast_must_be_a_name(touch):
     touch("a.nii")
     message = message_of("a.nii", contrast="")
     assert "contrast must be a name like 'T1', got ''. Use None" in message
+
+
+def test_t2_flair_is_one_contrast_of_the_same_person(tmp_path):
+    for name in ("p01_T1", "p01_T2", "p01_T2_FLAIR"):
+        (tmp_path / f"{name}.nii.gz").touch()
+    (scan,) = find_scans(tmp_path)
+    assert scan.subject == "p01" and set(scan.images) == {"T1", "T2", "FLAIR"}
+
+
+def test_names_of_brats_2023(tmp_path):
+    for name in ("t1n", "t1c", "t2w", "t2f", "seg"):
+        (tmp_path / f"BraTS-GLI-00000-000-{name}.nii.gz").touch()
+    (scan,) = find_scans(tmp_path)
+    assert set(scan.images) == {"T1", "T1CE", "T2", "FLAIR"} and scan.lesion_mask is not None
