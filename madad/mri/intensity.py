@@ -56,7 +56,8 @@ def normalize_intensity(images, brain_masks, *, subjects=None, center="median", 
     for subject, members in group_by_subject(subjects):
         brain = brain_masks[members]
         values = images[members][brain].astype(np.float64)
-        scale = target / robust_center(values, center=center, subject=subject)
+        name = subject.item() if isinstance(subject, np.generic) else subject
+        scale = target / robust_center(values, center=center, subject=name)
         block = np.zeros(brain.shape, dtype=np.float32)
         block[brain] = np.clip(values * scale, FOREGROUND_FLOOR, 1)
         normalized[members] = block

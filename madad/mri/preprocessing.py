@@ -275,11 +275,8 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
     def _scaled(self, values, brain, name):
         if self.center is None:
             return np.where(brain, values, np.float32(0))
-        one = np.zeros(len(values))  # all slices share a scale
-        try:
-            return normalize_intensity(values, brain, subjects=one, center=self.center, target=self.target)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        one = np.full(len(values), name)  # all slices share a scale
+        return normalize_intensity(values, brain, subjects=one, center=self.center, target=self.target)
 
 
 def _mask_on(source, mask):
