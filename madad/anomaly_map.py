@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
-from scipy.ndimage import gaussian_filter, zoom
+from scipy.ndimage import gaussian_filter1d, zoom
 
 PAPER_SMOOTHING = 5 / 256  # the original's 5 px at 256 x 256, as a share of the slice's larger side
 ANOMALY_MAPS = ("image", "latent", "mask")
@@ -112,7 +114,7 @@ def finish_map(
     masked = np.where(brain_mask, anomaly_map, np.float32(0))
     smooth = masked
     if sigma > 0:
-        smooth = gaussian_filter(masked, (0, sigma, sigma), mode="constant")
+        smooth = blur(masked, sigma)
     if sigma > 0 and guides is not None:
         channels = (np.where(brain_mask, guide, np.float32(0)) for guide in guides.swapaxes(0, 1))
         guided = [guided_filter(masked, channel, GUIDE_WIDTH * sigma) for channel in channels]
@@ -132,27 +134,40 @@ def guided_filter(values: np.ndarray, guide: np.ndarray, width_px: float) -> np.
     width_px : float
         Standard deviation of the window.
     """
+    mean_guide, mean_values = blur(guide, width_px), blur(values, width_px)
+    slope = blur(guide * values, width_px) - mean_guide * mean_values
+    slope /= np.maximum(blur(guide * guide, width_px) - mean_guide**2, 0) + GUIDE_VARIANCE
+    return blur(slope, width_px) * guide + blur(mean_values - slope * mean_guide, width_px)
 
-    def mean(x: np.ndarray) -> np.ndarray:
-        return gaussian_filter(x, (0, width_px, width_px), mode="constant")
 
-    mean_guide, mean_values = mean(guide), mean(values)
-    slope = mean(guide * values) - mean_guide * mean_values
-    slope /= np.maximum(mean(guide * guide) - mean_guide**2, 0) + GUIDE_VARIANCE
-    return mean(slope) * guide + mean(mean_values - slope * mean_guide)
+def blur(images: np.ndarray, width_px: float) -> np.ndarray:
+    """Gaussian over the last two axes, background 0 beyond the edges: ``scipy.ndimage.gaussian_filter`` by products.
+
+    A product with a banded matrix along each axis takes a fraction of the time of two passes of a filter.
+
+    Parameters
+    ----------
+    images : ndarray of shape (..., H, W), float32
+    width_px : float
+        Standard deviation.
+    """
+    down, across = (_gaussian_matrix(side, width_px) for side in images.shape[-2:])
+    return down @ images @ across.T
+
+
+@lru_cache(maxsize=16)
+def _gaussian_matrix(side: int, width_px: float) -> np.ndarray:
+    """(side, side): times a column of pixels it is the column filtered."""
+    return gaussian_filter1d(np.eye(side), width_px, axis=0, mode="constant").astype(np.float32)
 
 
 def _local_spread(images: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Standard deviation around each pixel of (n, C, H, W), over what is inside (n, 1, H, W)."""
     width = SPREAD_WIDTH * max(images.shape[2:])
     weights = np.broadcast_to(inside, images.shape).astype(np.float32)
-
-    def total(x: np.ndarray) -> np.ndarray:
-        return gaussian_filter(x, (0, 0, width, width), mode="constant")
-
-    share = np.maximum(total(weights), 1e-3)
-    mean = total(images * weights) / share
-    return np.sqrt(np.maximum(total(images**2 * weights) / share - mean**2, 0))
+    share = np.maximum(blur(weights, width), 1e-3)
+    mean = blur(images * weights, width) / share
+    return np.sqrt(np.maximum(blur(images**2 * weights, width) / share - mean**2, 0))
 
 
 def smoothing_width(smoothing_px: float | None, height: int, width: int) -> float:

@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from madad.anomaly_map import (
     PAPER_SMOOTHING,
+    blur,
     finish_map,
     guided_filter,
     image_map,
@@ -19,6 +20,16 @@ from madad.anomaly_map import (
 
 RNG = np.random.default_rng(0)
 RESTORED, REFERENCE = (RNG.uniform(-1, 1, (3, 2, 8, 6)).astype(np.float32) for _ in range(2))
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (5, 1), (24, 31), (2, 3, 16, 9)])
+@pytest.mark.parametrize("width", [0.4, 2.5, 20.0])
+def test_blur_is_a_gaussian_filter_over_the_last_two_axes(shape, width):
+    values = RNG.normal(size=shape).astype(np.float32)
+    axes = (0,) * (len(shape) - 2) + (width, width)
+    expected = gaussian_filter(values.astype(np.float64), axes, mode="constant")
+    np.testing.assert_allclose(blur(values, width), expected, atol=1e-6)
+    assert blur(values, width).dtype == np.float32
 
 
 # Image map
