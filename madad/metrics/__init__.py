@@ -1,5 +1,8 @@
 """How well anomaly maps find lesions: Dice, ranking metrics, lesion counts, confidence intervals, scorers.
 
+`evaluate_maps` has all numbers of a results table, and `MapEvaluation` the same of maps that come one batch
+after the other and need not fit into memory.
+
 All functions share these arrays; the first axis counts slices, or volumes: any number of spatial axes works.
 
 * `lesion_masks`, (n, H, W) bool or 0/1: True = lesion.
@@ -31,9 +34,11 @@ from madad.metrics.evaluation import evaluate_maps
 from madad.metrics.lesions import LesionDetection, lesion_detection, size_strata
 from madad.metrics.reconstruction import reconstruction_errors
 from madad.metrics.scorers import auprc_scorer, image_auroc_scorer, max_dice_scorer, pooled_max_dice_scorer
+from madad.metrics.streaming import MapEvaluation
 
 __all__ = [
     "LesionDetection",
+    "MapEvaluation",
     "MaxDice",
     "auprc",
     "auprc_scorer",

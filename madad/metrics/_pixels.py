@@ -37,10 +37,9 @@ def validated(
         got = f"{unusable[0]} in {unusable.size} pixels"
         raise ValueError(f"anomaly_maps must be finite in the brain, got {got}. Repair or mask them.")
     lesion &= brain
-    if needs_lesion and not lesion.any():
-        got = f"none in {len(lesion)} slices"
-        raise ValueError(f"lesion_masks must have lesion pixels in the brain, got {got}. Add lesions.")
     flat = (len(maps), -1)
+    if needs_lesion:
+        check_lesions(lesion.reshape(flat).sum(axis=1))
     return Pixels(lesion.reshape(flat), maps.reshape(flat), brain.reshape(flat))
 
 
@@ -55,11 +54,31 @@ def as_bool(name: str, values: ArrayLike, advice: str = "Binarise it first, e.g.
     return array.astype(bool)
 
 
+def check_lesions(n_lesion: NDArray) -> None:
+    """Raise unless one of the images, (n,), has lesion pixels."""
+    if not n_lesion.any():
+        got = f"none in {len(n_lesion)} slices"
+        raise ValueError(f"lesion_masks must have lesion pixels in the brain, got {got}. Add lesions.")
+
+
+def check_classes(n_lesion: NDArray, n_healthy: NDArray) -> None:
+    """Raise unless there are lesion pixels, and other brain pixels too."""
+    check_lesions(n_lesion)
+    if not n_healthy.any():
+        got = f"lesion in all {n_lesion.sum()} pixels"
+        raise ValueError(f"lesion_masks must leave healthy pixels, got {got}. Check the masks' polarity.")
+
+
 def predicted_masks(pixels: Pixels, threshold: float) -> NDArray:
     """Brain pixels at or above the threshold, (n, n_pixels)."""
+    return (pixels.score >= as_threshold(threshold, pixels.score.dtype)) & pixels.brain
+
+
+def as_threshold(threshold: float, dtype: np.dtype) -> np.floating:
+    """The threshold in the maps' own precision: 0.1 is the float32 next to 0.1."""
     if not isinstance(threshold, Real):
         raise TypeError(f"threshold must be a number, got {threshold!r}. Pass a value on the maps' scale.")
     if np.isnan(threshold):
         raise ValueError(f"threshold must not be NaN, got {threshold}. Pass a value on the maps' scale.")
-    with np.errstate(over="ignore"):  # in the maps' own precision: 0.1 is the float32 next to 0.1
-        return (pixels.score >= pixels.score.dtype.type(threshold)) & pixels.brain
+    with np.errstate(over="ignore"):
+        return dtype.type(threshold)

@@ -1,12 +1,13 @@
 """Confidence intervals by resampling subjects."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.utils import check_random_state
 
-from madad.metrics._pixels import Pixels
+DRAWS_PER_BLOCK = 100
 
 
 def bootstrap_ci(
@@ -49,9 +50,9 @@ def bootstrap_ci(
     known = ~np.isnan(numbers)
     # Numbered a second time, because a subject may have no known value left.
     codes = np.unique(subject_codes(subjects, len(numbers))[known], return_inverse=True)[1]
-    counts, sums = np.bincount(codes), np.bincount(codes, weights=numbers[known])
-    draws = _subject_draws(len(counts), n_resamples, random_state)
-    return _percentile_interval((draws @ sums) / (draws @ counts), confidence)
+    sums = np.stack([np.bincount(codes, weights=numbers[known]), np.bincount(codes)])
+    totals = _resampled_sums(sums, n_resamples, random_state)
+    return _percentile_interval(totals[0] / totals[1], confidence)
 
 
 def ratio_interval(
@@ -63,32 +64,31 @@ def ratio_interval(
     drawn from. (NaN, NaN) with fewer than two.
     """
     codes = np.unique(codes, return_inverse=True)[1]
-    sums = [np.bincount(codes, weights=values) for values in (numerators, denominators)]
-    draws = _subject_draws(len(sums[0]), n_resamples, random_state)
-    totals = draws @ sums[1]
-    return _percentile_interval((draws @ sums[0])[totals > 0] / totals[totals > 0])
+    sums = np.stack([np.bincount(codes, weights=values) for values in (numerators, denominators)])
+    totals = _resampled_sums(sums, n_resamples, random_state)
+    totals = totals[:, totals[1] > 0]
+    return _percentile_interval(totals[0] / totals[1])
 
 
 def auprc_interval(
-    pixels: Pixels, codes: NDArray, random_state: Any, n_levels: int = 4096, n_resamples: int = 200
+    counts: Iterable[tuple[NDArray, NDArray, NDArray]],
+    n_subjects: int,
+    random_state: Any,
+    n_resamples: int = 200,
 ) -> tuple[float, float]:
-    """Bootstrap interval of the AUPRC; a resample is a weighted sum of the subjects' histograms."""
-    levels = np.unique(pixels.score[pixels.lesion])
-    if len(levels) > n_levels:
-        ranks = np.linspace(0, 1, n_levels)
-        levels = np.unique(np.quantile(pixels.score[pixels.lesion], ranks, method="lower"))
-    reached = pixels.brain & (pixels.score >= levels[0])  # pixels below every lesion pixel change nothing
-    bins = np.searchsorted(levels, pixels.score[reached], side="right") - 1
-    bins += np.repeat(codes, reached.sum(axis=1)) * len(levels)
-    n_subjects = codes.max() + 1
+    """Bootstrap interval, 95 %, of the AUPRC; (NaN, NaN) with fewer than two subjects.
 
-    def n_above(of_bins: NDArray) -> NDArray:
-        """Count pixels at or above each level, from the top; (n_subjects, n_levels)."""
-        histogram = np.bincount(of_bins, minlength=n_subjects * len(levels)).reshape(n_subjects, -1)
-        return np.cumsum(histogram[:, ::-1], axis=1, dtype=float)
-
-    draws = _subject_draws(n_subjects, n_resamples, random_state)
-    n_predicted, n_overlap = draws @ n_above(bins), draws @ n_above(bins[pixels.lesion[reached]])
+    ``counts`` has of some images after the other the `subject_codes` (m,), and how many lesion pixels and how
+    many pixels of all reach each of the thresholds, which descend: two arrays (m, n_levels). A resample is
+    the sum of its subjects' counts.
+    """
+    if n_subjects < 2:
+        return float("nan"), float("nan")
+    draws = _subject_draws(n_subjects, n_resamples, check_random_state(random_state))
+    n_overlap = n_predicted = np.zeros((n_resamples, 1))
+    for codes, lesion_pixels, pixels in counts:
+        n_overlap = n_overlap + draws[:, codes] @ lesion_pixels
+        n_predicted = n_predicted + draws[:, codes] @ pixels
     precision = n_overlap / np.maximum(n_predicted, 1)
     summed = (np.diff(n_overlap, axis=1, prepend=0.0) * precision).sum(axis=1)
     has_lesion = n_overlap[:, -1] > 0  # AUPRC is undefined for a resample without
@@ -103,12 +103,22 @@ def subject_codes(subjects: ArrayLike | None, n: int) -> NDArray:
     return np.unique(labels, return_inverse=True)[1]
 
 
-def _subject_draws(n_subjects: int, n_resamples: int, random_state: Any) -> NDArray:
-    """How often each bootstrap sample holds each subject, (n_resamples or 0, n_subjects)."""
-    if n_subjects < 2:
-        return np.zeros((0, n_subjects))
+def _resampled_sums(sums: NDArray, n_resamples: int, random_state: Any) -> NDArray:
+    """Sums (k, n_subjects) over the subjects of each bootstrap sample, (k, n_resamples or 0)."""
+    if sums.shape[1] < 2:
+        return np.zeros((len(sums), 0))
+    random = check_random_state(random_state)
+    totals = np.empty((len(sums), n_resamples))
+    for start in range(0, n_resamples, DRAWS_PER_BLOCK):  # all at once they outgrow thousands of maps
+        block = totals[:, start : start + DRAWS_PER_BLOCK]
+        block[:] = sums @ _subject_draws(sums.shape[1], block.shape[1], random).T
+    return totals
+
+
+def _subject_draws(n_subjects: int, n_resamples: int, random: np.random.RandomState) -> NDArray:
+    """How often each bootstrap sample holds each subject, (n_resamples, n_subjects)."""
     share = np.full(n_subjects, 1 / n_subjects)
-    return check_random_state(random_state).multinomial(n_subjects, share, size=n_resamples).astype(float)
+    return random.multinomial(n_subjects, share, size=n_resamples).astype(float)
 
 
 def _percentile_interval(estimates: NDArray, confidence: float = 0.95) -> tuple[float, float]:

@@ -3,25 +3,23 @@
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from madad.metrics._pixels import Pixels, validated
+from madad.metrics._pixels import Pixels, check_classes, validated
 
 
 def auprc(lesion_masks: ArrayLike, anomaly_maps: ArrayLike, brain_masks: ArrayLike | None = None) -> float:
     """Average precision (0..1) over the pixels of all slices; there must be lesion and healthy pixels."""
-    pixels = validated(lesion_masks, anomaly_maps, brain_masks, needs_lesion=True)
+    pixels = validated(lesion_masks, anomaly_maps, brain_masks)
     return float(average_precision_score(*_two_classes(pixels)))
 
 
 def auroc(lesion_masks: ArrayLike, anomaly_maps: ArrayLike, brain_masks: ArrayLike | None = None) -> float:
     """Area under the ROC curve (0..1) over the pixels of all slices; otherwise as `auprc`."""
-    pixels = validated(lesion_masks, anomaly_maps, brain_masks, needs_lesion=True)
+    pixels = validated(lesion_masks, anomaly_maps, brain_masks)
     return float(roc_auc_score(*_two_classes(pixels)))
 
 
 def _two_classes(pixels: Pixels) -> tuple[NDArray, NDArray]:
     """Truth and score of all brain pixels, (n_brain_pixels,)."""
-    lesion = pixels.lesion[pixels.brain]
-    if lesion.all():
-        got = f"lesion in all {lesion.size} pixels"
-        raise ValueError(f"lesion_masks must leave healthy pixels, got {got}. Check the masks' polarity.")
-    return lesion, pixels.score[pixels.brain]
+    n_lesion = pixels.lesion.sum(axis=1)
+    check_classes(n_lesion, pixels.brain.sum(axis=1) - n_lesion)
+    return pixels.lesion[pixels.brain], pixels.score[pixels.brain]

@@ -7,6 +7,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from madad.metrics._pixels import Pixels, predicted_masks, validated
 
+DECIMALS = 12
+"""To which a mean Dice summed up from millions of steps is trusted: what agrees so far is equally good."""
+
 
 class MaxDice(NamedTuple):
     """Largest Dice (0..1) and the threshold, in units of the map, that reaches it."""
@@ -51,7 +54,7 @@ def max_dice_per_image(
     order = np.argsort(-thresholds, kind="stable")
     last_of_ties = _last_of_ties(thresholds[order])
     mean_dice = np.cumsum(steps[order])[last_of_ties] / len(curves)
-    best = _highest(thresholds[order][last_of_ties], mean_dice, n_thresholds)
+    best = _highest(thresholds[order][last_of_ties], np.round(mean_dice, DECIMALS), n_thresholds)
     # Recounted, so that the rounding of millions of summed steps does not show.
     return best._replace(dice=mean_dice_at(pixels, best.oracle_threshold))
 

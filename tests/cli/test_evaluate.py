@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 
@@ -5,8 +6,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
+from madad.cli import evaluate
 from madad.cli.evaluate import OURS
 from madad.datasets import Scan
+from madad.metrics import evaluate_maps
 from madad.mri import read_volume
 from madad.volume_model import INTENSITY, VolumeModel
 
@@ -39,6 +42,39 @@ def test_every_method_is_measured_on_the_same_voxels(evaluation, model, patients
         dark = rows[(f"sub-{subject}", "intensity, dark")]
         assert float(dark["auprc"]) > 0.9  # the lesions are painted so
         assert float(dark["threshold"]) == pytest.approx(loaded.card.intensity_thresholds["intensity, dark"])
+
+
+def test_all_scans_together_are_what_evaluate_maps_makes_of_them(evaluation, model, patients):
+    out, _ = evaluation
+    loaded = VolumeModel.load(model, "cpu")
+    lesion_masks, maps, seen = [], [], []
+    for subject in ("p0", "p1", "p2"):
+        scan = Scan(subject, {"T1": patients.parent / f"{subject}.nii.gz"})
+        prediction = loaded.predict(loaded.prepare(scan))
+        lesion_masks.append(read_volume(patients.parent / f"{subject}_lesion.nii.gz").values > 0)
+        maps.append(prediction.anomaly_map)
+        seen.append(prediction.preprocessed.brain_mask | lesion_masks[-1])
+    expected = evaluate_maps(
+        lesion_masks, maps, seen, subjects=["p0", "p1", "p2"], threshold=loaded.threshold
+    )
+    together = json.loads((out / "evaluation.json").read_text())["methods"][OURS]
+    assert list(together) == list(expected)
+    for name, value in expected.items():
+        assert together[name] == pytest.approx(value), name
+
+
+def test_the_voxels_leave_no_file(evaluation, run, model, patients, tmp_path, monkeypatch):
+    written = {"evaluation.json", "evaluation.tsv", "errors.tsv"}
+    assert {path.name for path in evaluation[0].iterdir()} - {f"sub-p{i}.png" for i in range(3)} == written
+    out, held = tmp_path / "out", []
+
+    def full(*arguments, **options):
+        held.append(list(out.glob("*.png")))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate.MapEvaluation, "update", full)
+    assert run("evaluate", model, patients, "--out", out, "--quiet")[0] == 2
+    assert len(held) == 1 and list(out.iterdir()) == held[0]  # the first scan's figure alone
 
 
 def test_there_is_a_figure_of_each_scan(evaluation):

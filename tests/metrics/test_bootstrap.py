@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 
 from madad import metrics
-from madad.metrics._pixels import validated
 from madad.metrics.bootstrap import auprc_interval, ratio_interval
 
 
@@ -52,14 +51,19 @@ def test_bootstrap_leaves_out_nan_and_is_undefined_for_one_subject():
     assert np.isnan(metrics.bootstrap_ci([np.nan])).all()
 
 
-def test_quantised_auprc_interval_stays_close_to_the_exact_one():
-    rng = np.random.default_rng(0)
-    lesion_masks = rng.random((10, 60, 60)) < 0.1
-    anomaly_maps = rng.normal(size=lesion_masks.shape) + 1.5 * lesion_masks
-    pixels = validated(lesion_masks, anomaly_maps, None)
-    exact = auprc_interval(pixels, np.arange(10), 0)
-    coarse = auprc_interval(pixels, np.arange(10), 0, n_levels=300)
-    np.testing.assert_allclose(coarse, exact, atol=5e-3)
+def test_auprc_interval_equals_a_loop_over_the_same_draws():
+    rng = np.random.default_rng(4)
+    lesion_pixels = np.cumsum(rng.integers(0, 5, (6, 20)), axis=1)
+    pixels = lesion_pixels + np.cumsum(rng.integers(0, 9, (6, 20)), axis=1)
+    codes = np.array([0, 1, 1, 2, 2, 2])
+    areas = []
+    for draw in np.random.RandomState(3).multinomial(3, np.full(3, 1 / 3), size=50):
+        true, predicted = draw[codes] @ lesion_pixels, draw[codes] @ pixels
+        areas.append(np.diff(true, prepend=0) @ (true / np.maximum(predicted, 1)) / true[-1])
+    blocks = [(codes[rows], lesion_pixels[rows], pixels[rows]) for rows in (slice(0, 2), slice(2, 6))]
+    interval = auprc_interval(iter(blocks), 3, 3, n_resamples=50)
+    np.testing.assert_allclose(interval, np.quantile(areas, [0.025, 0.975]))
+    assert np.isnan(auprc_interval(iter(blocks), 1, 3)).all()
 
 
 @pytest.mark.parametrize(
