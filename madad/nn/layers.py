@@ -77,7 +77,10 @@ class SelfAttention(nn.Module):
         """(batch, channels, h, w) -> the same shape."""
         batch, channels, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.n_heads, channels // self.n_heads, h * w)
-        query, key, value = qkv.transpose(-1, -2).unbind(dim=1)  # (batch, heads, tokens, channels per head)
+        # contiguous, or PyTorch has no fused kernel for them on a CPU
+        query, key, value = (
+            qkv.transpose(-1, -2).contiguous().unbind(dim=1)
+        )  # (batch, heads, tokens, channels)
         attended = F.scaled_dot_product_attention(query, key, value)
         return x + self.out(attended.transpose(-1, -2).reshape(batch, channels, h, w))
 
@@ -102,8 +105,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width by repetition, then smooth with a convolution.
 
-    Of the nine taps of the kernel several meet the same repeated pixel. They are added up first: each pixel's four
-    children are four 2x2 convolutions of it and its neighbours, with 4/9 of the multiplications.
+    Of the nine taps of the kernel several meet the same repeated pixel. They are added up first: each pixel's
+    four children are four 2x2 convolutions of it and its neighbours, with 4/9 of the multiplications.
     """
 
     def __init__(self, channels: int):
