@@ -9,13 +9,18 @@ import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from madad._distributed import Team, join
+from madad._gpu_jobs import warn_if_shared
+from madad._random import spawn_seeds
+from madad._tensors import resolve_device
 from madad._validation import SliceStack, as_numpy, check_slices
 
 
 class SliceEstimator(BaseEstimator):
     """An estimator of slices.
 
-    A subclass has the parameters ``image_shape`` and ``intensity_range``, and may have ``batch_size``.
+    A subclass has the parameters ``image_shape``, ``intensity_range``, ``device`` and ``random_state``, and
+    may have ``batch_size``.
     """
 
     def __sklearn_tags__(self):
@@ -27,7 +32,7 @@ class SliceEstimator(BaseEstimator):
 
     def _check_fit_slices(self, X, brain_mask=None) -> SliceStack:
         """Validate training slices and remember their shape and scale."""
-        self._check_batch_size()
+        self._check_resources()
         X = self._check_rows(X, reset=True)
         stack = check_slices(
             X,
@@ -40,10 +45,23 @@ class SliceEstimator(BaseEstimator):
         self.intensity_range_ = stack.intensity_range
         return stack
 
-    def _check_batch_size(self) -> None:
+    def _begin(self, stack: SliceStack, n_seeds: int) -> tuple[Team, list[int]]:
+        """The processes that fit this estimator together, and seeds that are the same in all of them."""
+        team = join(resolve_device(self.device))
+        shapes = team.gather(stack.values.shape)
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                f"X must be the same in each process, got {shapes} by rank. Give all of it to each: fit "
+                f"shares it out."
+            )
+        return team, team.broadcast(spawn_seeds(self.random_state, n_seeds))
+
+    def _check_resources(self) -> None:
+        """Of memory and of the device, which others may work on."""
         size = getattr(self, "batch_size", None)
         if size is not None and not (isinstance(size, Integral) and int(size) > 0):
             raise ValueError(f"batch_size must be a whole number above 0 or None, got {size!r}. Use None.")
+        warn_if_shared(resolve_device(getattr(self, "device", "cpu")))
 
     def _check_rows(self, X, *, reset: bool) -> np.ndarray:
         """Give flat rows (and what is no array at all) to scikit-learn's own validation."""
@@ -56,7 +74,7 @@ class SliceEstimator(BaseEstimator):
     def _check_slices(self, X, brain_mask=None) -> SliceStack:
         """Validate slices for a fitted estimator."""
         check_is_fitted(self)
-        self._check_batch_size()
+        self._check_resources()
         X = self._check_rows(X, reset=False)
         flat_shape = self.image_shape_ if X.ndim == 2 and self.image_shape is not None else None
         in_data_units = self.intensity_range == "data"

@@ -16,6 +16,11 @@ def spawn_seeds(random_state, n: int) -> list[int]:
     return [int(seed) for seed in check_random_state(random_state).randint(np.iinfo(np.int32).max, size=n)]
 
 
+def derived_seed(seed: int, *place: int) -> int:
+    """A seed for a place in a run, such as a step: found without the draws of the places before it."""
+    return int(np.random.SeedSequence((seed, *place)).generate_state(1)[0])
+
+
 def generator_from(seed: int) -> torch.Generator:
     """A CPU generator; its draws are moved to the device, so that every device sees the same ones."""
     return torch.Generator().manual_seed(seed)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
+import os
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +16,7 @@ import numpy as np
 
 ROWS_PER_CHECK = 256
 RANGE_TOLERANCE = 1e-5
+LARGE_RESULT = 64 * 2**20  # bytes
 INTEGER_RANGES = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
 
 
@@ -84,9 +87,15 @@ class SliceStack:
         """Those of some slices that show brain, if they are of volumes; without any, all."""
         if self.depth == 1:
             return rows
-        chunks = [rows[start : start + ROWS_PER_CHECK] for start in range(0, len(rows), ROWS_PER_CHECK)]
-        useful = np.concatenate([self.brain(chunk).any(axis=(1, 2, 3)) for chunk in chunks])
-        return rows[useful] if useful.any() else rows
+        useful = rows[self.subset(rows).rows_with_brain()]
+        return useful if len(useful) else rows
+
+    def rows_with_brain(self) -> np.ndarray:
+        """Which of its slices show any brain."""
+        rows = np.arange(len(self))
+        chunks = (rows[start : start + ROWS_PER_CHECK] for start in range(0, len(rows), ROWS_PER_CHECK))
+        found = [chunk[self.brain(chunk).any(axis=(1, 2, 3))] for chunk in chunks]
+        return np.concatenate([rows[:0], *found])
 
     def images(self, index) -> np.ndarray:
         """float32 (len(index), C, H, W) in 0..1, or beyond where the fitted range is exceeded."""
@@ -121,6 +130,31 @@ class SliceStack:
                 digest.update(np.ascontiguousarray(self._take(self.brain_mask, index), dtype=bool).data)
         return digest.hexdigest()
 
+    def new_maps(self, dtype) -> np.ndarray:
+        """Room for a map of each slice, (n, H, W): not in memory if the slices are not and the maps are many.
+
+        Then it is a memory map of a file without a name, which is gone when the array is.
+
+        Raises
+        ------
+        OSError
+            If the disk has no room for it.
+        """
+        shape = (len(self), *self.image_shape[1:])
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if _mapping_of(self.values) is None or n_bytes < LARGE_RESULT:
+            return np.empty(shape, dtype)
+        with tempfile.TemporaryFile() as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not the process's end later
+                try:
+                    os.posix_fallocate(file.fileno(), 0, n_bytes)
+                except OSError as error:
+                    raise OSError(
+                        f"TMPDIR must have room for {n_bytes} bytes of maps, got {tempfile.gettempdir()} "
+                        f"({error}). Free the disk, set TMPDIR to another, or predict fewer slices at a time."
+                    ) from error
+            return np.memmap(file, dtype, "w+", shape=shape)
+
     def unfold(self, maps: np.ndarray) -> np.ndarray:
         """Maps (n, H, W) in the layout the samples came in: (n, D, H, W), or flat rows for flat samples."""
         if self.values.ndim == 5:
@@ -137,7 +171,7 @@ class SliceStack:
             taken = array[sample, :, place] if array.ndim == 5 else array[sample, place]
         else:
             taken = np.asarray(array[index])
-        _let_go(array)
+        let_go(array)
         return taken
 
 
@@ -278,21 +312,27 @@ def _with_channels(shape) -> tuple[int, int, int]:
 def _chunks(values: np.ndarray):
     for start in range(0, len(values), ROWS_PER_CHECK):
         yield np.asarray(values[start : start + ROWS_PER_CHECK])
-        _let_go(values)
+        let_go(values)
 
 
-def _let_go(array: np.ndarray) -> None:
-    """Unmap what was read of a memory map: it counts as the process's memory for as long as it is mapped.
+def let_go(array: np.ndarray) -> None:
+    """Unmap what was read or written of a memory map, which counts as the process's memory until then.
 
     The system keeps the file in its cache nevertheless. Changes of a copy-on-write map would be lost.
     """
+    mapping = _mapping_of(array)
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        with suppress(OSError):  # pages that are locked
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapping_of(array: np.ndarray) -> mmap.mmap | None:
+    """What maps an array's file into memory, if it has one that is shared with the file."""
     owner: Any = array
     mode = None
     while isinstance(owner, np.ndarray):
         mode, owner = getattr(owner, "mode", mode), owner.base
-    if mode in ("r", "r+", "w+") and isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        with suppress(OSError):  # pages that are locked
-            owner.madvise(mmap.MADV_DONTNEED)
+    return owner if mode in ("r", "r+", "w+") and isinstance(owner, mmap.mmap) else None
 
 
 def _data_range(values: np.ndarray, name: str) -> tuple[float, float]:

@@ -141,9 +141,9 @@ def guided_filter(values: np.ndarray, guide: np.ndarray, width_px: float) -> np.
 
 
 def blur(images: np.ndarray, width_px: float) -> np.ndarray:
-    """Gaussian over the last two axes, background 0 beyond the edges: ``scipy.ndimage.gaussian_filter`` by products.
+    """Gaussian over the last two axes, background 0 beyond the edges.
 
-    A product with a banded matrix along each axis takes a fraction of the time of two passes of a filter.
+    ``scipy.ndimage.gaussian_filter`` by products with a banded matrix: it takes a fraction of the time.
 
     Parameters
     ----------

@@ -13,13 +13,15 @@ from sklearn.base import TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from madad._callbacks import CallbackSupport, FitTask, with_callbacks
+from madad._callbacks import NO_TASK, CallbackSupport, FitTask, with_callbacks
+from madad._distributed import Team
 from madad._estimator import SliceEstimator
 from madad._hashing import content_hash
-from madad._random import generator_from, hold_out, isolated_seed, spawn_seeds
+from madad._random import generator_from, hold_out, isolated_seed
 from madad._tensors import (
     default_batch_size,
     fixed_batches,
+    forward_batch_size,
     inference,
     pad_with_background,
     resolve_device,
@@ -203,11 +205,11 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         self.image_shape_, self.intensity_range_ = stack.image_shape, stack.intensity_range
         self.n_features_in_ = int(np.prod(stack.values.shape[1:]))
         device, batch_size = resolve_device(self.device), default_batch_size(*stack.image_shape[1:])
-        weights_seed, training_seed = spawn_seeds(self.random_state, 2)
+        team, (weights_seed, training_seed) = self._begin(stack, 2)
         train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, training_seed)
         training, validation = stack.subset(train), stack.subset(held_out)
         n_epochs = trainer.max_records(len(training), batch_size)
-        task = FitTask.of_fit(self, n_epochs, X=stack.selected)
+        task = FitTask.of_fit(self, n_epochs, X=stack.selected) if team.leads else NO_TASK
         self.network_, objective = self._start(training, weights_seed)
         self.latent_shift_ = np.zeros(self.config_.latent_channels, np.float32)
         self.latent_scale_ = np.ones(self.config_.latent_channels, np.float32)
@@ -221,6 +223,9 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
             return objective.of_validation(trained, x)
 
         trained = TrainedAutoencoder(self.network_, learn_logvar=self.learn_logvar).to(device)
+        identity = ""
+        if trainer.checkpoint_dir is not None and team.leads:
+            identity = self.identity(stack, groups)
         with isolated_seed(training_seed), task.epochs(trainer) as watched:
             self.history_ = watched.optimise(
                 trained,
@@ -232,11 +237,11 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
                 rival_loss=objective.of_discriminator if objective.discriminator is not None else None,
                 validation_loss=validation_loss if len(validation) else None,
                 n_validation=len(validation),
-                identity=self.identity(stack, groups) if trainer.checkpoint_dir is not None else "",
+                identity=identity,
                 description="autoencoder",
                 verbose=self.verbose,
             )
-        self._estimate_latent_scale(stack)
+        self._estimate_latent_scale(stack, team)
         task.end_fit()
         return self
 
@@ -256,7 +261,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         stack = self._check_slices(X)
         device, latents = self._to_device(), []
         with inference(self.network_):
-            for index, n_valid in fixed_batches(len(stack), self.batch_size_of()):
+            for index, n_valid in fixed_batches(len(stack), self.batch_size_of(device)):
                 mean, _ = self.encode(self.pad(to_network(stack.images(index), device)))
                 latents.append(mean[:n_valid].float().cpu().numpy())
         return np.concatenate(latents)
@@ -276,7 +281,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
             )
         device, images = self._to_device(), []
         with inference(self.network_):
-            for index, n_valid in fixed_batches(len(Z), self.batch_size_of()):
+            for index, n_valid in fixed_batches(len(Z), self.batch_size_of(device)):
                 images.append(to_images(self.decode(torch.from_numpy(Z[index]).to(device))[:n_valid]))
         joined = np.concatenate(images)
         return joined[:, 0] if self.image_shape_[0] == 1 else joined
@@ -293,9 +298,11 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         factor = self.config_.factor
         return self.config_.latent_channels, -(-height // factor), -(-width // factor)
 
-    def batch_size_of(self) -> int:
-        """The fixed number of slices per forward pass."""
-        return self.batch_size or default_batch_size(*self.image_shape_[1:])
+    def batch_size_of(self, device: torch.device) -> int:
+        """The fixed number of slices per forward pass on a device."""
+        _, height, width = self.image_shape_
+        needed = self.config_.bytes_per_slice(height, width)
+        return self.batch_size or forward_batch_size(height, width, device, needed)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the scaled latents of padded network images."""
@@ -413,7 +420,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         latents: list[Tensor] = []
         variances: list[Tensor] = []
         with inference(self.network_):
-            for index, n_valid in fixed_batches(len(stack), self.batch_size_of()):
+            for index, n_valid in fixed_batches(len(stack), self.batch_size_of(device)):
                 x, brain = self._network_images(stack, torch.from_numpy(index), device)
                 mean, logvar = self.encode(self.pad(x))
                 originals.append(to_images(x[:n_valid]))
@@ -439,20 +446,24 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         inside = blocks[brain.flatten() > 0]
         self.network_.start_from_components(inside if len(inside) > 1 else blocks)
 
-    def _estimate_latent_scale(self, stack: SliceStack) -> None:
+    def _estimate_latent_scale(self, stack: SliceStack, team: Team) -> None:
         """Zero mean and unit variance per channel, over the latent positions that hold brain."""
         device = self._to_device()
         # rows: the brain's latent positions, and all of them, which serve where no slice has brain
         count, total, squares = torch.zeros(2, 1).double(), torch.zeros(()), torch.zeros(())
+        share = team.shares(len(stack))[team.rank]
+        own = stack.subset(np.arange(share.start, share.stop))
         with inference(self.network_):
-            for index, n_valid in fixed_batches(len(stack), self.batch_size_of()):
-                mean = self.network_.encode(self.pad(to_network(stack.images(index), device))).mean[:n_valid]
-                brain = self.brain_fraction(stack.brain(index), device)[:n_valid] > 0
+            for index, n_valid in fixed_batches(len(own), self.batch_size_of(device)):
+                mean = self.network_.encode(self.pad(to_network(own.images(index), device))).mean[:n_valid]
+                brain = self.brain_fraction(own.brain(index), device)[:n_valid] > 0
                 everywhere = mean.double().permute(0, 2, 3, 1)
                 groups = (everywhere[brain[:, 0]], everywhere.flatten(0, 2))
                 count += torch.tensor([[len(values)] for values in groups])
                 total = total + torch.stack([values.sum(0) for values in groups])
                 squares = squares + torch.stack([values.square().sum(0) for values in groups])
+        sums = torch.stack(team.gather(torch.cat([count, total.cpu(), squares.cpu()], dim=1))).sum(0)
+        count, (total, squares) = sums[:, 0], sums[:, 1:].chunk(2, dim=1)
         row = 0 if count[0] > 0 else 1
         shift = total[row] / float(count[row])
         spread = (squares[row] / float(count[row]) - shift.square()).clamp_min(0).sqrt()

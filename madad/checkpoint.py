@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from sklearn.base import BaseEstimator
 
+from madad._distributed import leads
+
 FORMAT = "madad"
 FORMAT_VERSION = 1
 CONFIG, CALIBRATION = "config.json", "calibration.json"
@@ -34,7 +36,7 @@ def write_model(
     card: dict | None = None,
     readme: str | None = None,
 ) -> None:
-    """Write a model directory.
+    """Write a model directory, of the processes of torch.distributed in that of rank 0 alone.
 
     Parameters
     ----------
@@ -61,6 +63,8 @@ def write_model(
     Everything is written into a temporary directory beside ``path`` and renamed: an interrupted call
     leaves what was there.
     """
+    if not leads():
+        return
     path = Path(path)
     refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from madad._callbacks import NO_TASK, FitTask
+from madad._distributed import ALONE, BUCKET, Team, join
 from madad._hashing import content_hash
 from madad._random import generator_from, hold_out, isolated_seed
-from madad._tensors import fixed_batches, inference, state_to_numpy, to_network
+from madad._tensors import (
+    default_batch_size,
+    fixed_batches,
+    inference,
+    resolve_device,
+    state_to_numpy,
+    to_network,
+)
 from madad._validation import SliceStack
 from madad.augmentation import SliceAugmentation
 from madad.diffusion import (
@@ -85,7 +93,8 @@ class RowsOnDisk:
             ) from error
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        mapped = np.memmap(self._file, np.float32, "r", shape=self.shape)  # until the rows are copied
+        # as far as rows are written, until those asked for are copied
+        mapped = np.memmap(self._file, np.float32, "r").reshape(-1, *self.shape[1:])
         return torch.from_numpy(np.asarray(mapped[index.cpu().numpy()])).to(self.device)
 
 
@@ -122,6 +131,7 @@ def cache_latents(
     augmentation: SliceAugmentation | None = None,
     generator: torch.Generator,
     directory=None,
+    team: Team = ALONE,
 ) -> LatentCache:
     """Encode slices, with ``flip`` their left-right mirror images too, and augmented copies of both.
 
@@ -135,14 +145,17 @@ def cache_latents(
         Source of the augmentation's randomness.
     directory : path-like or None
         Where a cache of more than `LARGE_CACHE` bytes is kept; None = in memory, on the autoencoder's device.
+    team : Team
+        Each process encodes its share and has all. Augmented copies, whose draws follow one another, each
+        makes itself.
 
     Returns
     -------
     LatentCache
-        Batch by batch, a batch's versions one after the other. It takes twice (mean and log-variance)
+        All slices in one version after the other. It takes twice (mean and log-variance)
         ``latent_channels / factor^2`` of the float32 images, times the versions.
     """
-    device, start = autoencoder._to_device(), 0
+    device = autoencoder._to_device()
     n_copies = 0 if augmentation is None else augmentation.n_copies
     versions = [(mirrored, copy) for mirrored in range(1 + flip) for copy in range(1 + n_copies)]
     channels, height, width = autoencoder.latent_shape_
@@ -151,20 +164,43 @@ def cache_latents(
         cache = LatentCache(*(RowsOnDisk(directory, shape, device) for shape in shapes))
     else:
         cache = LatentCache(*(torch.empty(shape, device=device) for shape in shapes))
+    shares = team.shares(len(stack))
+    own = shares[team.rank] if augmentation is None else range(len(stack))
+    batch_size = -int(team.highest(-autoencoder.batch_size_of(device))[0])  # draws go by batches
     with inference(autoencoder.network_):
-        for index, n_valid in fixed_batches(len(stack), autoencoder.batch_size_of()):
+        for places, n_valid in fixed_batches(len(own), batch_size):
+            index = own.start + places
             images, brain = stack.images(index), stack.brain(index)
-            for mirrored, copy in versions:
+            for version, (mirrored, copy) in enumerate(versions):
                 side = slice(None, None, -1 if mirrored else 1)
                 x, inside = to_network(images[..., side].copy(), device), brain[..., side]
                 if copy and augmentation is not None:
                     x, moved = augmentation(x, torch.from_numpy(inside.copy()).to(device), generator)
                     inside = moved.cpu().numpy()
                 mean, logvar = autoencoder.encode(autoencoder.pad(x))
-                rows = slice(start, start := start + n_valid)
+                start = version * len(stack) + int(index[0])
+                rows = slice(start, start + n_valid)
                 cache.mean[rows], cache.logvar[rows] = mean[:n_valid].float(), logvar[:n_valid].float()
                 cache.brain_fraction[rows] = autoencoder.brain_fraction(inside, device)[:n_valid]
+    if augmentation is None and team.size > 1:
+        for part in (cache.mean, cache.logvar, cache.brain_fraction):
+            for start in range(0, len(part), len(stack)):
+                for source, share in enumerate(shares):
+                    _copy_rows(part, range(start + share.start, start + share.stop), source, team)
     return cache
+
+
+def _copy_rows(part: Tensor | RowsOnDisk, rows: range, source: int, team: Team) -> None:
+    """Give all processes the rows of a cache that one of them has."""
+    step = max(1, BUCKET // math.prod(part.shape[1:]))
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        if team.rank == source:
+            team.copy_([part[torch.arange(start, stop)]], source)
+        else:
+            values = torch.empty(stop - start, *part.shape[1:], device=part.device)
+            team.copy_([values], source)
+            part[slice(start, stop)] = values
 
 
 def what_is_learnt(autoencoder, stack: SliceStack, **settings) -> str:
@@ -174,7 +210,7 @@ def what_is_learnt(autoencoder, stack: SliceStack, **settings) -> str:
         settings["denoiser"] = UNET_SIZES[settings["denoiser"]]
     statistics = (autoencoder.latent_shift_, autoencoder.latent_scale_)
     network = (autoencoder.config_, state_to_numpy(autoencoder.network_))
-    return content_hash((network, statistics, autoencoder.batch_size_of(), stack.digest, settings))
+    return content_hash((network, statistics, autoencoder.batch_size, stack.digest, settings))
 
 
 def train_denoiser(
@@ -228,13 +264,14 @@ def train_denoiser(
     loss = make_objective(**objective)
     generator = generator_from(seed)
     train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, seed)
-    caching = {"generator": generator, "directory": cache_directory}
+    team = join(resolve_device(autoencoder.device))
+    caching = {"generator": generator, "directory": cache_directory, "team": team}
     cache = cache_latents(autoencoder, stack.subset(train), flip=flip, augmentation=augmentation, **caching)
     validation = None
     if len(held_out):
         validation = cache_latents(autoencoder, stack.subset(held_out), flip=False, **caching)
     identity = ""
-    if trainer.checkpoint_dir is not None:
+    if trainer.checkpoint_dir is not None and team.leads:
         identity = what_is_learnt(
             autoencoder,
             stack,
@@ -244,7 +281,7 @@ def train_denoiser(
             augmentation=augmentation,
             groups=None if groups is None else np.asarray(groups),
         )
-    batch_size = autoencoder.batch_size_of()
+    batch_size = autoencoder.batch_size or default_batch_size(*stack.image_shape[1:])
     n_epochs = trainer.max_records(len(cache), batch_size)
     with (
         isolated_seed(seed),

@@ -13,10 +13,10 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_memory
 from torch import nn
 
-from madad._callbacks import CallbackSupport, FitTask, with_callbacks
+from madad._callbacks import NO_TASK, CallbackSupport, FitTask, with_callbacks
+from madad._distributed import Team
 from madad._hashing import content_hash
-from madad._random import spawn_seeds
-from madad._tensors import resolve_device
+from madad._tensors import compile_in_place, one_ahead, resolve_device
 from madad._validation import SliceStack
 from madad._version import __version__
 from madad.augmentation import SliceAugmentation
@@ -32,7 +32,7 @@ from madad.diffusion import CORRUPTIONS, MaskedDDIM, NoiseSchedule, erases
 from madad.nn import MaskedUNet
 from madad.persistence import NOT_SAVED_OF_TRAINER
 from madad.presets import IMAGE_MAP_KNOBS, INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
-from madad.restoration import RestoredBatch, maps_of, restore_batches
+from madad.restoration import RestoredBatch, decoding_for, maps_of, restore_batches
 from madad.scoring import AnomalyMapDetector
 from madad.training import StopRequest, Trainer, TrainingStoppedWarning, graceful_stop
 
@@ -132,8 +132,14 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         Caches the two training stages, so that a search over inference parameters trains once per fold.
         Latents of more than 2 GiB (`madad.denoising.LARGE_CACHE`) are in a file there while they are used.
     batch_size : int or None
-        Slices per forward pass; None = by the slice's size. Powers of two keep a slice's result bitwise
-        independent of its place in the batch.
+        Slices per forward pass; None = by the slice's size, on a GPU by its free memory. Powers of two keep a
+        slice's result bitwise independent of its place in the batch.
+    precision : {"float32", "bfloat16"}
+        Of the networks at prediction. bfloat16 is faster on GPUs and on CPUs with matrix units for it, and
+        moves maps: `benchmarks/README.md` says by how much.
+    compile : bool
+        Run the networks through ``torch.compile`` at prediction. It takes a minute at the first call, and on
+        a CPU a C++ compiler.
     device : str or torch.device
         ``"auto"`` = the first GPU, else the CPU.
     random_state : int, RandomState or None
@@ -224,6 +230,8 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         intensity_range=(0.0, 1.0),
         memory=None,
         batch_size: int | None = None,
+        precision: str = "float32",
+        compile: bool = False,
         device="auto",
         random_state=None,
         verbose: bool = False,
@@ -261,6 +269,8 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         self.intensity_range = intensity_range
         self.memory = memory
         self.batch_size = batch_size
+        self.precision = precision
+        self.compile = compile
         self.device = device
         self.random_state = random_state
         self.verbose = verbose
@@ -268,6 +278,9 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     @with_callbacks
     def fit(self, X, y=None, *, brain_mask=None, groups=None):
         """Train both stages on healthy slices and calibrate the thresholds on held-out ones.
+
+        Under ``torchrun`` each process calls it with all slices, and all end with the same detector; see
+        `madad.training.Trainer`.
 
         Parameters
         ----------
@@ -290,10 +303,11 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         self.preset_ = choose_preset(self.preset, resolve_device(self.device))
         stack = self._check_fit_slices(X, brain_mask)
         self._check_fit_parameters(stack)
-        split_seed, autoencoder_seed, denoiser_seed, self.sampler_seed_ = spawn_seeds(self.random_state, 4)
+        team, seeds = self._begin(stack, 4)
+        split_seed, autoencoder_seed, denoiser_seed, self.sampler_seed_ = seeds
         train, held_out, subjects = self._split(stack, groups, split_seed)
         shares = isinstance(self.autoencoder, FrozenEstimator)
-        task = FitTask.of_fit(self, 1 if shares else 2, X=X, y=y)
+        task = FitTask.of_fit(self, 1 if shares else 2, X=X, y=y) if team.leads else NO_TASK
 
         inputs = {"stack": stack.subset(train), "groups": subjects, "task": task, "verbose": self.verbose}
 
@@ -303,10 +317,10 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
                     self.autoencoder.estimator, stack, self.intensity_range
                 )
             else:
-                self.autoencoder_ = self._train_autoencoder(inputs, autoencoder_seed)
-            self.denoiser_, self.history_ = self._train_denoiser(inputs, denoiser_seed, stop)
+                self.autoencoder_ = self._train_autoencoder(inputs, autoencoder_seed, team)
+            self.denoiser_, self.history_ = self._train_denoiser(inputs, denoiser_seed, team, stop)
         self.n_timesteps_, self.can_repaint_ = self._value_of("n_timesteps"), self._teaches_to_repaint()
-        self._calibrate(stack, held_out)
+        self._calibrate(stack, held_out, team)
         task.end_fit()
         return self
 
@@ -316,8 +330,9 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         ``intensity_range_`` is what 0..1 stands for.
         """
         stack = self._check_slices(X, brain_mask)
-        batches = self._restore_batches(stack, decode=True)
-        return self._joined(stack, ((batch.restored, batch.brain) for batch in batches))
+        shown = stack.rows_with_brain()
+        batches = self._restore_batches(stack.subset(shown), decode="restored")
+        return self._joined(stack, shown, ((batch.restored, batch.brain) for batch in batches))
 
     def _value_of(self, name: str):
         """A parameter, or what the preset has where it is None."""
@@ -355,18 +370,21 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         knobs = self._map_settings()
         NoiseSchedule.cosine(self._value_of("n_timesteps")).timesteps(knobs["n_steps"], knobs["step_spacing"])
 
-    def _train_autoencoder(self, inputs: dict, seed: int) -> LatentAutoencoder:
+    def _train_autoencoder(self, inputs: dict, seed: int, team: Team) -> LatentAutoencoder:
         autoencoder = self._make_autoencoder(seed)
 
         def decisive():
             identity = autoencoder.identity(inputs["stack"], inputs["groups"])
             return identity, str(self.device), _decisive(autoencoder.trainer)
 
-        return self._cached(_fit_autoencoder, decisive, inputs | {"autoencoder": autoencoder})
+        return self._cached(_fit_autoencoder, decisive, inputs | {"autoencoder": autoencoder}, team)
 
-    def _train_denoiser(self, inputs: dict, seed: int, stop: StopRequest) -> tuple[nn.Module, list[dict]]:
+    def _train_denoiser(
+        self, inputs: dict, seed: int, team: Team, stop: StopRequest
+    ) -> tuple[nn.Module, list[dict]]:
         autoencoder, trainer = self.autoencoder_, self._make_trainer()
-        if stop.signal is not None:
+        stopped, _ = stop.agree(team)
+        if stopped and stop.signal is not None:
             warnings.warn(
                 f"denoiser gets a single step, because {stop.signal.name} came before it. Make the same call "
                 f"again to train it.",
@@ -390,13 +408,21 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
             return what_is_learnt(autoencoder, inputs["stack"], **known), str(self.device)
 
         apart = {"autoencoder": autoencoder, "cache_directory": _directory(self.memory)}
-        return self._cached(_fit_denoiser, decisive, inputs | settings | apart)
+        return self._cached(_fit_denoiser, decisive, inputs | settings | apart, team)
 
-    def _cached(self, stage: Callable, decisive: Callable[[], tuple], inputs: dict):
-        """One training stage through ``memory``, which knows it by what decides its result."""
-        key = "" if self.memory is None else content_hash((__version__, *decisive()))
+    def _cached(self, stage: Callable, decisive: Callable[[], tuple], inputs: dict, team: Team):
+        """One training stage through ``memory``, which knows it by what decides its result.
+
+        Of a team the first process alone looks there and writes there.
+        """
+        memory, key, run = check_memory(self.memory), "", stage
+        if team.leads and self.memory is not None:
+            key = content_hash((__version__, *decisive()))
+            run = memory.cache(stage, ignore=["inputs"])
+        if team.size > 1 and (known := team.broadcast(_found(run, key) if key else None)) is not None:
+            return known
         try:
-            return check_memory(self.memory).cache(stage, ignore=["inputs"])(key, inputs)
+            return run(key, inputs)
         except _CutShort as stopped:
             return stopped.result
 
@@ -424,8 +450,10 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
             return self.trainer
         return Trainer(**PRESETS[self.preset_]["denoiser_training"])
 
-    def _restore_batches(self, stack: SliceStack, *, decode: bool) -> Iterator[RestoredBatch]:
-        knobs = self._map_settings()
+    def _restore_batches(
+        self, stack: SliceStack, *, decode: str, needs_probability: bool = True
+    ) -> Iterator[RestoredBatch]:
+        knobs, device = self._map_settings(), resolve_device(self.device)
         sampler = MaskedDDIM(
             knobs["n_steps"],
             knobs["eta"],
@@ -433,24 +461,54 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
             knobs["step_spacing"],
             repaint=knobs["repaint"],
         )
+        network = self.autoencoder_.network_
+        compile_in_place(self.compile, network.encoder, network.decoder, self.denoiser_)
         return restore_batches(
             self.autoencoder_,
             self.denoiser_,
             stack,
             sampler,
             NoiseSchedule.cosine(self.n_timesteps_),
-            batch_size=self.batch_size or self.autoencoder_.batch_size_of(),
+            batch_size=self.batch_size or self.autoencoder_.batch_size_of(device),
             seed=self.sampler_seed_,
-            device=resolve_device(self.device),
+            device=device,
             decode=decode,
+            needs_probability=needs_probability,
+            precision=self.precision,
         )
 
     def _map_batches(self, stack: SliceStack) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """First row, maps (n, H, W) and brain masks of each batch."""
-        knobs, start = self._map_settings(), 0
-        for batch in self._restore_batches(stack, decode=knobs["anomaly_map"] == "image"):
-            yield start, maps_of(batch, knobs, self.autoencoder_.config_.factor), batch.brain
-            start += len(batch.brain)
+        knobs, shown, start = self._map_settings(), stack.rows_with_brain(), 0
+        batches = self._restore_batches(
+            stack.subset(shown),
+            decode=decoding_for(knobs),
+            needs_probability=knobs["anomaly_map"] == "mask",
+        )
+
+        def finished(batch: RestoredBatch) -> tuple[np.ndarray, np.ndarray]:
+            return maps_of(batch, knobs, self.autoencoder_.config_.factor), batch.brain
+
+        # beside a GPU the maps are finished while it is busy with the next batch
+        on_gpu = resolve_device(self.device).type == "cuda"
+        for maps, brain in (one_ahead if on_gpu else map)(finished, batches):
+            rows, shown = shown[: len(maps)], shown[len(maps) :]
+            stop = len(stack) if len(shown) == 0 else int(shown[0])
+            places, n = rows - start, stop - start
+            yield start, _among_empty(maps, places, n), _among_empty(brain, places, n)
+            start = stop
+        if start < len(stack):
+            nothing = np.zeros((len(stack) - start, *self.image_shape_[1:]), np.float32)
+            yield start, nothing, nothing > 0
+
+
+def _among_empty(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
+    """Maps or masks of some rows among ``n``; those without brain are 0."""
+    if len(rows) == n:
+        return values
+    spread = np.zeros((n, *values.shape[1:]), values.dtype)
+    spread[rows] = values
+    return spread
 
 
 class _CutShort(Exception):
@@ -461,8 +519,22 @@ class _CutShort(Exception):
         self.result = result
 
 
-def _fit_autoencoder(key: str, inputs: dict) -> LatentAutoencoder:
+class _NotFound(Exception):
+    """Comes from a stage that ``memory`` does not hold, where it is only looked for."""
+
+
+def _found(cached: Callable, key: str):
+    """What ``memory`` holds of a stage, or None; asked for the result, which it may fail to read."""
+    try:
+        return cached(key, None)
+    except _NotFound:
+        return None
+
+
+def _fit_autoencoder(key: str, inputs: dict | None) -> LatentAutoencoder:
     """The first stage as a function that can be cached by its key."""
+    if inputs is None:
+        raise _NotFound
     autoencoder, task = inputs["autoencoder"], inputs["task"]
     with task.stage("autoencoder", fits=autoencoder):
         autoencoder.set_params(verbose=inputs["verbose"]).fit_stack(inputs["stack"], inputs["groups"])
@@ -471,8 +543,10 @@ def _fit_autoencoder(key: str, inputs: dict) -> LatentAutoencoder:
     return _unless_stopped(autoencoder, task)
 
 
-def _fit_denoiser(key: str, inputs: dict) -> tuple[nn.Module, list[dict]]:
+def _fit_denoiser(key: str, inputs: dict | None) -> tuple[nn.Module, list[dict]]:
     """The second stage as a function that can be cached by its key."""
+    if inputs is None:
+        raise _NotFound
     return _unless_stopped(train_denoiser(**inputs), inputs["task"])
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from numbers import Real
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from madad._distributed import ALONE, Team
 from madad._estimator import SliceEstimator
 from madad._random import hold_out, isolated_seed
 from madad._tensors import state_from_numpy, state_to_numpy
-from madad._validation import SliceStack
+from madad._validation import SliceStack, let_go
 from madad.anomaly_map import healthy_threshold, pool_map
 from madad.model_card import ModelCard
 from madad.nn import MaskedUNet
@@ -78,18 +80,17 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         Returns
         -------
         ndarray of shape (n, H, W); (n, D, H, W) for volumes, (n, n_pixels) for flat rows
+            Of a memory map, maps of more than 64 MiB are a memory map too: of a file without a name, in the
+            system's folder for temporary files (TMPDIR), which is gone when the array is.
         """
-        stack = self._check_slices(X, brain_mask)
-        maps = np.empty((len(stack), *self.image_shape_[1:]), np.float32)
-        for start, batch_maps, _ in self._map_batches(stack):
-            maps[start : start + len(batch_maps)] = batch_maps
-        return stack.unfold(maps)
+        return self._gathered(self._check_slices(X, brain_mask), np.float32, np.asarray)
 
     def predict_masks(self, X, *, brain_mask=None) -> np.ndarray:
         """Pixels whose map reaches ``map_threshold_``: bool, shape as `predict_maps`."""
         check_is_fitted(self)
         self._warn_if_stale()
-        return self.predict_maps(X, brain_mask=brain_mask) >= np.float32(self.map_threshold_)
+        threshold = np.float32(self.map_threshold_)
+        return self._gathered(self._check_slices(X, brain_mask), bool, lambda maps: maps >= threshold)
 
     def score_samples(self, X, *, brain_mask=None) -> np.ndarray:
         """Score of each sample, (n,): higher = more normal; minus the pooled map of the slice or volume."""
@@ -115,7 +116,8 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
 
         ``card`` says how its images were made, where that is known; ``README.md`` beside the model shows it.
         ``memory``, a `RandomState` and the device are not saved; an own ``nn.Module`` as denoiser cannot
-        be (pickle the estimator with joblib then).
+        be (pickle the estimator with joblib then). Under ``torchrun`` only the process of rank 0 writes; the
+        others return at once.
 
         Raises
         ------
@@ -139,11 +141,21 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         """
         return load_detector(cls, path)
 
-    def _joined(self, stack: SliceStack, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        """Network images (n, C, H, W) of batches, with their brains, as 0..1 in the layout of the stack."""
+    def _gathered(self, stack: SliceStack, dtype, of_maps: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """What is made of the maps of each batch, in the layout of the stack."""
+        gathered = stack.new_maps(dtype)
+        for start, maps, _ in self._map_batches(stack):
+            gathered[start : start + len(maps)] = of_maps(maps)
+            let_go(gathered)
+        return stack.unfold(gathered)
+
+    def _joined(
+        self, stack: SliceStack, shown: np.ndarray, batches: Iterable[tuple[np.ndarray, np.ndarray]]
+    ) -> np.ndarray:
+        """Network images (n, C, H, W) of some rows, with their brains, as 0..1 in the stack's layout."""
         joined, start = np.zeros((len(stack), *self.image_shape_), np.float32), 0
         for images, brain in batches:
-            rows = slice(start, start := start + len(brain))
+            rows = shown[start : (start := start + len(brain))]
             joined[rows] = np.where(brain[:, None], np.clip((images + 1) / 2, 0, 1), 0)
         if stack.is_flat:
             return joined.reshape(len(joined), -1)[:, : self.n_features_in_]
@@ -180,18 +192,29 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
                     f"{name} must lie between 0 and 1, got {getattr(self, name)!r}. Use {value}."
                 )
 
-    def _calibrate(self, stack: SliceStack, healthy: np.ndarray) -> None:
-        """Both thresholds, from the maps of held-out healthy slices (DESIGN, decision 6)."""
-        pooled, pixels = [], []
-        for maps, brain in self._map_samples(stack.subset(healthy)):
-            pooled.append(pool_map(maps, brain))
-            pixels.append(maps[brain])
+    def _calibrate(self, stack: SliceStack, healthy: np.ndarray, team: Team = ALONE) -> None:
+        """Both thresholds, from the maps of held-out healthy slices (DESIGN, decision 6).
+
+        Each process of a team maps its share of the samples, and has what is measured of all.
+        """
+
+        def both(maps: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return pool_map(maps, brain), maps[brain]
+
+        pooled, pixels = zip(*self._measured(stack.subset(healthy), both, team), strict=True)
         self.map_threshold_ = healthy_threshold(np.concatenate(pixels), self.pixel_specificity)
         if self.contamination == "auto":
             self.offset_ = float(-np.quantile(np.concatenate(pooled), self.image_specificity))
         else:
-            self.offset_ = float(np.quantile(self._score_stack(stack), self.contamination))
+            scores = -np.concatenate(self._measured(stack, pool_map, team))
+            self.offset_ = float(np.quantile(scores, self.contamination))
         self.calibrated_with_ = self._map_settings()
+
+    def _measured(self, stack: SliceStack, measure: Callable[..., Any], team: Team) -> list:
+        """What ``measure`` makes of the maps and brain masks of all samples, in their order."""
+        own = _share_of(stack, team)
+        found = [measure(maps, brain) for maps, brain in self._map_samples(own)] if len(own) else []
+        return list(chain.from_iterable(team.gather(found)))
 
     def _warn_if_stale(self) -> None:
         settings = self._map_settings()
@@ -244,3 +267,10 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         for name, (config, arrays) in packed.items():
             with isolated_seed(0):  # building a network draws weights
                 setattr(self, name, state_from_numpy(MaskedUNet(config), arrays).eval())
+
+
+def _share_of(stack: SliceStack, team: Team) -> SliceStack:
+    """The slices of the samples that this process maps, volumes whole; shares follow the ranks' order."""
+    samples = np.unique(stack.samples)
+    own = samples[team.shares(len(samples))[team.rank]]
+    return stack.subset(np.flatnonzero(np.isin(stack.samples, own)))

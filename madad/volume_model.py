@@ -6,12 +6,15 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from madad._distributed import Team, alone, join
 from madad._tensors import resolve_device
 from madad.anomaly_map import healthy_threshold
 from madad.baselines import IntensityThreshold
@@ -123,7 +126,8 @@ class VolumeModel:
         assert self.card.slicer is not None
         images, masks, _ = slices_of_contrasts(self.card.slicer, volumes)
         two = [0, -1]  # it learns nothing, but wants two slices
-        baseline = IntensityThreshold(**INTENSITY[name]).fit(images[two], brain_mask=masks[two])
+        with alone():
+            baseline = IntensityThreshold(**INTENSITY[name]).fit(images[two], brain_mask=masks[two])
         threshold = self.card.intensity_thresholds[name]
         return predict_volume(
             baseline, volumes, self.card.slicer, threshold=threshold, **self.card.aggregation
@@ -190,7 +194,8 @@ def fit_volumes(
     data : dict or None
         Further facts for the card.
     scratch : path-like or None
-        Folder for the slices, which are on disk while the detector trains. None = a temporary one.
+        Folder for the slices, which are on disk while the detector trains, where all processes of a
+        ``torchrun`` see it. None = a temporary one.
     progress : callable or None
         ``progress(indices, what)`` wraps an iteration over volumes.
 
@@ -208,23 +213,31 @@ def fit_volumes(
     Slices with lesion voxels are not trained on. The thresholds of volumes are set as `fit` sets those of
     slices, from at most `MAX_CALIBRATION_VOLUMES` of the held-out volumes without any lesion; without such,
     those of slices are used.
+
+    Under ``torchrun`` the first process cuts the slices, and all read them.
     """
     if len(subjects) < 2:
         raise ValueError(
             f"DATA must hold at least 2 healthy volumes, to train on some and calibrate on others, got "
             f"{len(subjects)}. Add some."
         )
-    over = progress or (lambda indices, what: indices)
+    team = join(resolve_device(detector.device))
+    over = progress if progress and team.leads else (lambda indices, what: indices)
     aggregation = aggregation or {}
     check_aggregation(**aggregation)
     order = range(len(subjects))
-    slicer = _fitted(slicer, (read(i).contrasts[0] for i in over(order, "sizes")))
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="slices-") as folder:
-        slices = _slices_on_disk(Path(folder), slicer, read, over(order, "slices"), contrasts)
+    with _scratch_folder(scratch, team) as folder:
+
+        def cut() -> tuple[VolumeSlicer, _Slices]:
+            fitted = _fitted(slicer, (read(i).contrasts[0] for i in over(order, "sizes")))
+            return fitted, _slices_on_disk(folder, fitted, read, over(order, "slices"), contrasts)
+
+        slicer, slices = team.first(cut)
+        images, masks = slices.mapped()
         groups = np.asarray(subjects)[slices.owners]
-        detector.fit(slices.images, brain_mask=slices.masks, groups=groups)
+        detector.fit(images, brain_mask=masks, groups=groups)
         held_out = list(dict.fromkeys(slices.owners[detector.calibration_rows_].tolist()))
-        intensities = _intensity_thresholds(slices.images, slices.masks, groups, detector)
+        intensities = _intensity_thresholds(images, masks, groups, detector)
     card = ModelCard(
         contrasts=tuple(contrasts),
         preprocessor=preprocessor,
@@ -243,18 +256,34 @@ def fit_volumes(
     )
     model = VolumeModel(detector, card)
     calibrating = [i for i in held_out if i not in slices.with_lesion][:MAX_CALIBRATION_VOLUMES]
-    return _calibrated(model, (read(i) for i in over(calibrating, "thresholds")))
+    share = team.shares(len(calibrating))[team.rank]
+    own = calibrating[share.start : share.stop]
+    return _calibrated(model, (read(i) for i in over(own, "thresholds")), team)
+
+
+@contextmanager
+def _scratch_folder(parent, team: Team) -> Iterator[Path]:
+    """A folder that the first process makes and clears away, for all."""
+    made = tempfile.TemporaryDirectory(dir=parent, prefix="slices-") if team.leads else nullcontext("")
+    with made as folder:
+        yield Path(team.broadcast(folder))
 
 
 class _Slices(NamedTuple):
     """All slices that a model is fitted to, on disk."""
 
-    images: np.ndarray  # (n, H, W) or (n, C, H, W)
-    masks: np.ndarray  # (n, H, W)
+    folder: Path
+    shape: tuple[int, ...]  # of a slice: (H, W) or (C, H, W)
     owners: np.ndarray  # (n,): of which volume
     healthy: dict[str, HealthyIntensities]
     with_lesion: set[int]  # volumes
     n_with_lesion: int  # slices, which are left out
+
+    def mapped(self) -> tuple[np.ndarray, np.ndarray]:
+        """The slices (n, H, W) or (n, C, H, W), and their brain masks (n, H, W)."""
+        images = np.memmap(self.folder / "images", np.float32, "r", shape=(len(self.owners), *self.shape))
+        masks = np.memmap(self.folder / "masks", bool, "r", shape=(len(self.owners), *self.shape[-2:]))
+        return images, masks
 
 
 def _slices_on_disk(
@@ -291,9 +320,7 @@ def _slices_on_disk(
             f"DATA must hold slices without lesion, got {n_with_lesion} with one and none without. "
             "Train on healthy volunteers."
         )
-    all_images = np.memmap(folder / "images", np.float32, "r", shape=(len(owners), *shape))
-    all_masks = np.memmap(folder / "masks", bool, "r", shape=(len(owners), *shape[-2:]))
-    return _Slices(all_images, all_masks, np.array(owners), healthy, with_lesion, n_with_lesion)
+    return _Slices(folder, shape, np.array(owners), healthy, with_lesion, n_with_lesion)
 
 
 def model_hash(path) -> str:
@@ -336,15 +363,16 @@ def _fitted(slicer: VolumeSlicer, volumes: Iterator[PreprocessedVolume]) -> Volu
     return slicer
 
 
-def _calibrated(model: VolumeModel, volumes: Iterator[HealthyVolume]) -> VolumeModel:
-    """The model with thresholds for volumes from held-out healthy ones."""
-    scores, pixels = [], []
+def _calibrated(model: VolumeModel, volumes: Iterator[HealthyVolume], team: Team) -> VolumeModel:
+    """The model with thresholds for volumes from held-out healthy ones, of which each process has a share."""
+    found = []
     for volume in volumes:
         prediction = model.predict(volume.contrasts)
-        scores.append(prediction.score)
-        pixels.append(prediction.anomaly_map[_judged(model, volume.contrasts[0])])
-    if not scores:
+        found.append((prediction.score, prediction.anomaly_map[_judged(model, volume.contrasts[0])]))
+    found = list(chain.from_iterable(team.gather(found)))
+    if not found:
         return model
+    scores, pixels = zip(*found, strict=True)
     detector = model.detector
     threshold = healthy_threshold(np.concatenate(pixels), detector.pixel_specificity)
     offset = float(np.quantile(scores, 1 - detector.image_specificity))

@@ -1,10 +1,13 @@
 """Material that is too large for the repository; tests that need it are skipped where it is missing."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -25,3 +28,21 @@ def reference_dir() -> Path:
 def data_dir() -> Path:
     """Real slices."""
     return _folder("MADAD_DATA", SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """``torchrun(*arguments)``: two finished processes of a script, or of ``-m module``, as one.
+
+    A hang is an error, and so is a warning in any of them.
+    """
+
+    def run(*arguments, timeout=150):
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+        command = [str(part) for part in (sys.executable, *launcher, *arguments)]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        changed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+        options = {"env": os.environ | changed, "cwd": ROOT, "timeout": timeout}
+        return subprocess.run(command, capture_output=True, text=True, **options)
+
+    return run

@@ -1,12 +1,16 @@
+import copy
+import errno
 import io
 import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -896,6 +900,84 @@ def test_other_containers_and_types(kind, fitted, healthy, tmp_path):
         mask = np.load(tmp_path / "X.npy", mmap_mode="r") > 0
         np.testing.assert_array_equal(fitted.predict_maps(X, brain_mask=mask), expected)
         np.testing.assert_array_equal(np.load(tmp_path / "X.npy"), healthy)
+
+
+@pytest.mark.parametrize("kind", ["image", "latent", "mask"])
+def test_slices_without_brain_cost_nothing_and_change_nothing(kind, fitted, healthy, monkeypatch):
+    detector = copy.deepcopy(fitted).set_params(anomaly_map=kind, mask_threshold=0.0, batch_size=4)
+    X = np.zeros((11, *healthy.shape[1:]), np.float32)
+    shown = [2, 3, 7, 8, 9]
+    X[shown] = healthy[:5]
+    expected = (
+        detector.predict_maps(healthy[:5]),
+        detector.score_samples(healthy[:5]),
+        detector.restore(healthy[:5]),
+    )
+    passes = []
+    encode = detector.autoencoder_.encode
+    monkeypatch.setattr(detector.autoencoder_, "encode", lambda x: passes.append(len(x)) or encode(x))
+    for result, of_shown in zip(
+        (detector.predict_maps(X), detector.score_samples(X), detector.restore(X)),
+        expected,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(result[shown], of_shown)
+        assert not np.delete(result, shown, axis=0).any()
+    assert passes == [4, 4] * 3
+    passes.clear()
+    assert not detector.predict_maps(0 * X).any() and not passes
+
+
+def test_maps_of_a_large_memory_map_are_one_too(fitted, healthy, tmp_path, monkeypatch):
+    np.save(tmp_path / "X.npy", healthy)
+    X = np.load(tmp_path / "X.npy", mmap_mode="r")
+    expected = fitted.predict_maps(healthy)
+    assert type(fitted.predict_maps(X)) is np.ndarray  # small
+    monkeypatch.setattr("madad._validation.LARGE_RESULT", 1)
+    assert type(fitted.predict_maps(healthy)) is np.ndarray
+    maps = fitted.predict_maps(X)
+    assert isinstance(maps, np.memmap)
+    np.testing.assert_array_equal(maps, expected)
+    maps[0] = 1  # an array like any other
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(maps))[1:], expected[1:])
+    np.testing.assert_array_equal(fitted.predict_masks(X), expected >= np.float32(fitted.map_threshold_))
+    assert list(tmp_path.iterdir()) == [tmp_path / "X.npy"]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_a_disk_without_room_for_maps_is_named(fitted, healthy, tmp_path, monkeypatch):
+    np.save(tmp_path / "X.npy", healthy)
+    monkeypatch.setattr("madad._validation.LARGE_RESULT", 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"^TMPDIR must have room for \d+ bytes of maps, got .*No space left"):
+        fitted.predict_maps(np.load(tmp_path / "X.npy", mmap_mode="r"))
+
+
+def test_bfloat16_at_prediction_moves_maps_a_little(fitted, healthy):
+    rough = copy.deepcopy(fitted).set_params(precision="bfloat16", anomaly_map="latent")
+    exact = copy.deepcopy(fitted).set_params(anomaly_map="latent").predict_maps(healthy)
+    maps = rough.predict_maps(healthy)
+    assert maps.dtype == np.float32
+    assert 0 < np.abs(maps - exact).max() and np.abs(maps - exact)[healthy > 0].mean() < 0.02
+    with pytest.raises(ValueError, match=r"^precision must be .*got 'float8'"):
+        rough.set_params(precision="float8").predict_maps(healthy)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_networks_give_the_same_maps(fitted, healthy):
+    detector = copy.deepcopy(fitted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own compiler
+        maps = detector.set_params(compile=True).predict_maps(healthy)
+    np.testing.assert_allclose(maps, fitted.predict_maps(healthy), atol=1e-4)
+    np.testing.assert_array_equal(
+        detector.set_params(compile=False).predict_maps(healthy), fitted.predict_maps(healthy)
+    )
 
 
 def test_booleans_are_images_of_zero_and_one(fitted, healthy):

@@ -8,10 +8,11 @@ from madad._estimator import SliceEstimator
 
 
 class Keeper(SliceEstimator):
-    def __init__(self, image_shape=None, intensity_range=(0.0, 1.0), batch_size=None):
+    def __init__(self, image_shape=None, intensity_range=(0.0, 1.0), batch_size=None, device="cpu"):
         self.image_shape = image_shape
         self.intensity_range = intensity_range
         self.batch_size = batch_size
+        self.device = device
 
     def fit(self, X, y=None, brain_mask=None):
         self.stack_ = self._check_fit_slices(X, brain_mask)

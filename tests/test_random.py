@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from madad._random import generator_from, isolated_seed, spawn_seeds
+from madad._random import derived_seed, generator_from, isolated_seed, spawn_seeds
 
 
 def test_seeds_of_an_integer_are_always_the_same_and_differ():
@@ -42,6 +42,13 @@ def test_generators_leave_the_global_state_alone():
     before = torch.get_rng_state()
     torch.rand(5, generator=generator_from(7))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_place_of_a_run_has_a_seed_of_its_own():
+    places = [(0, step, rank) for step in range(50) for rank in range(4)]
+    seeds = {derived_seed(*place) for place in places}
+    assert len(seeds) == len(places) and derived_seed(0, 3, 1) == derived_seed(0, 3, 1)
+    assert derived_seed(2**62, 3, 1) not in seeds
 
 
 def test_isolated_seed_is_deterministic_and_puts_the_global_state_back():

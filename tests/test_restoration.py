@@ -7,7 +7,7 @@ from madad._validation import check_slices
 from madad.anomaly_map import finish_map, image_map, latent_map, mask_map, upsample_map
 from madad.datasets import make_brain_slices
 from madad.diffusion import MaskedDDIM, NoiseSchedule
-from madad.restoration import RestoredBatch, maps_of, restore_batches
+from madad.restoration import RestoredBatch, decoding_for, few_at_a_time, maps_of, restore_batches
 from madad.testing import tiny_autoencoder
 
 IMAGES = make_brain_slices(7, size=32, random_state=0).images[:, :30, :29]  # padded to 32 x 32 inside
@@ -52,7 +52,9 @@ def autoencoder():
     return tiny_autoencoder(intensity_range=(0.0, 1.0)).fit(IMAGES)
 
 
-def restore(autoencoder, flag, images=IMAGES, *, batch_size=4, decode=True, brain_mask=None, eta=0.0, seed=0):
+def restore(
+    autoencoder, flag, images=IMAGES, *, batch_size=4, decode="changed", brain_mask=None, eta=0.0, seed=0
+):
     """All fields over all batches, and the size of every forward pass."""
     denoiser = Fake(flag)
     batches = list(
@@ -68,11 +70,21 @@ def restore(autoencoder, flag, images=IMAGES, *, batch_size=4, decode=True, brai
             decode=decode,
         )
     )
+    starts = np.cumsum([0] + [len(batch.brain) for batch in batches])
     axis = {"noise_probability": 1}
     joined = {
         name: np.concatenate([getattr(batch, name) for batch in batches], axis.get(name, 0))
         for name in RestoredBatch._fields
+        if name not in ("decoded", "reconstruction", "restored")
     }
+    images = {
+        name: [getattr(batch, name) for batch in batches if getattr(batch, name).size]
+        for name in ("reconstruction", "restored")
+    }
+    joined |= {name: np.concatenate(parts) if parts else np.empty(0) for name, parts in images.items()}
+    joined["decoded"] = np.concatenate(
+        [batch.decoded + start for batch, start in zip(batches, starts, strict=False)]
+    )
     return RestoredBatch(**joined), denoiser.sizes
 
 
@@ -82,12 +94,13 @@ def restore(autoencoder, flag, images=IMAGES, *, batch_size=4, decode=True, brai
 def test_where_nothing_is_flagged_nothing_changes(autoencoder):
     batch, _ = restore(autoencoder, never)
     np.testing.assert_array_equal(batch.z_restored, batch.z)
-    np.testing.assert_array_equal(batch.restored, batch.reconstruction)
+    assert batch.decoded.size == batch.restored.size == batch.reconstruction.size == 0
     for kind in ("image", "latent"):
-        for difference in ("absolute", "squared"):
+        for difference in ("absolute", "squared", "relative"):
             knobs = KNOBS | {"anomaly_map": kind, "map_difference": difference}
             assert not maps_of(batch, knobs, 4).any()
-    assert maps_of(batch, KNOBS | {"reference": "input"}, 4).any()
+    with_images, _ = restore(autoencoder, never, decode="restored")
+    assert maps_of(with_images, KNOBS | {"reference": "input"}, 4).any()
 
 
 def test_a_slice_without_flags_beside_flagged_ones_does_not_change_either(autoencoder):
@@ -97,7 +110,7 @@ def test_a_slice_without_flags_beside_flagged_ones_does_not_change_either(autoen
         return logit
 
     batch, _ = restore(autoencoder, all_but_the_first, batch_size=7)
-    np.testing.assert_array_equal(batch.restored[0], batch.reconstruction[0])
+    np.testing.assert_array_equal(batch.decoded, np.arange(1, 7))
     maps = maps_of(batch, KNOBS, 4)
     assert not maps[0].any() and all(one.any() for one in maps[1:])
 
@@ -127,7 +140,7 @@ def test_positions_outside_the_brain_are_never_flagged(autoencoder):
 def test_batches_have_one_size_and_their_fields_hold_the_valid_slices_alone(autoencoder):
     batch, sizes = restore(autoencoder, by_value, batch_size=4)
     assert sizes == [4] * 6  # two batches, three steps
-    assert [len(value) for value in batch] == [7, 7, 7, 7, 3, 7, 7]
+    assert [len(value) for value in batch] == [7, 7, 7, 7, 3, 7, 7, 7]
     np.testing.assert_array_equal(batch.brain, IMAGES > 0)
     np.testing.assert_allclose(batch.x[:, 0], 2 * IMAGES - 1, atol=1e-6)
 
@@ -138,7 +151,10 @@ def test_a_slice_is_bitwise_the_same_in_any_company(autoencoder, eta):
     order = np.array([6, 2, 0, 5, 1, 4, 3])
     shuffled, _ = restore(autoencoder, by_value, IMAGES[order], eta=eta)
     alone, _ = restore(autoencoder, by_value, IMAGES[2:3], eta=eta)
+    assert len(together.decoded) == 7
     for name in RestoredBatch._fields:
+        if name == "decoded":
+            continue
         a, b, c = (getattr(batch, name) for batch in (together, shuffled, alone))
         if name == "noise_probability":
             a, b, c = (value.swapaxes(0, 1) for value in (a, b, c))
@@ -153,26 +169,76 @@ def test_the_seed_decides_the_noise_of_the_steps(autoencoder):
 
 
 def test_without_decoding_there_are_no_images_but_latents_as_with(autoencoder):
-    batch, _ = restore(autoencoder, by_value, decode=False)
+    batch, _ = restore(autoencoder, by_value, decode="nothing")
     with_images, _ = restore(autoencoder, by_value)
-    assert batch.restored.size == batch.reconstruction.size == 0
+    assert batch.restored.size == batch.reconstruction.size == batch.decoded.size == 0
     np.testing.assert_array_equal(batch.z_restored, with_images.z_restored)
 
 
-def test_a_slice_is_decoded_once_where_nothing_is_flagged_and_twice_elsewhere(autoencoder, monkeypatch):
+def test_what_was_not_flagged_is_not_decoded_and_its_map_is_what_decoding_would_give(autoencoder):
+    of_slices = restore(autoencoder, never)[0].z.mean(axis=(1, 2, 3))
+
+    def some(z):  # the slices whose latents are above the middle one's on average
+        above = z.mean(dim=(1, 2, 3), keepdim=True) > float(np.median(of_slices))
+        return torch.where(above, 50.0, -50.0).expand(-1, 1, *z.shape[2:])
+
+    changed, _ = restore(autoencoder, some)
+    assert 0 < len(changed.decoded) < 7
+    everything, _ = restore(autoencoder, some, decode="restored")
+    np.testing.assert_array_equal(everything.decoded, np.arange(7))
+    np.testing.assert_array_equal(everything.restored[changed.decoded], changed.restored)
+    reconstruction = restore(autoencoder, never, decode="restored")[0].restored
+    np.testing.assert_array_equal(reconstruction[changed.decoded], changed.reconstruction)
+    raw = image_map(everything.restored, reconstruction, gamma=0.2)
+    np.testing.assert_array_equal(maps_of(changed, KNOBS, 4), finish_map(raw, changed.brain, 1.0))
+
+
+def test_only_flagged_slices_are_decoded_and_in_parts_of_one_size(autoencoder, monkeypatch):
     decode, calls = autoencoder.decode, []
     monkeypatch.setattr(autoencoder, "decode", lambda z: calls.append(len(z)) or decode(z))
-    for flag, expected in ((never, [4, 4]), (always, [4] * 4)):
-        restore(autoencoder, flag)
+    monkeypatch.setattr("madad.restoration.few_at_a_time", lambda *_: 2)
+    for flag, decoded, expected in (
+        (never, "changed", []),
+        (always, "changed", [2] * 8),
+        (always, "restored", [2] * 4),
+        (never, "restored", [2] * 4),
+        (always, "nothing", []),
+    ):
+        restore(autoencoder, flag, decode=decoded)
         assert calls == expected
         calls.clear()
+
+
+def test_few_at_a_time_is_a_power_of_two_up_to_the_batch_and_one_where_slices_are_heavy():
+    cpu = torch.device("cpu")
+    sizes = [few_at_a_time(16, cpu, needed) for needed in (1, 2**20, 3 * 2**20, 2**24, 2**30)]
+    assert sizes == [16, 16, 4, 1, 1]
+    assert [few_at_a_time(batch, torch.device("cuda"), 1) for batch in (1, 16, 256)] == [1, 4, 64]
+
+
+def test_an_unknown_kind_of_decoding_is_refused(autoencoder):
+    with pytest.raises(ValueError, match="^decode must be one of .* got 'both'"):
+        restore(autoencoder, never, decode="both")
+
+
+def test_bfloat16_moves_latents_and_images_a_little(autoencoder):
+    options = {"batch_size": 4, "seed": 0, "device": torch.device("cpu")}
+    stack, sampler = check_slices(IMAGES), MaskedDDIM(2)
+    exact, rough = (
+        next(restore_batches(autoencoder, Fake(always), stack, sampler, SCHEDULE, precision=one, **options))
+        for one in ("float32", "bfloat16")
+    )
+    assert rough.z.dtype == rough.restored.dtype == np.float32
+    for name in ("z", "reconstruction"):
+        moved = np.abs(getattr(rough, name) - getattr(exact, name))
+        assert 0 < moved.max() < 0.1
 
 
 def test_networks_return_to_their_mode_and_the_global_generator_is_left_alone(autoencoder):
     before = torch.get_rng_state()
     denoiser = Fake(by_value).train()
     stack = check_slices(IMAGES)
-    options = {"batch_size": 4, "seed": 0, "device": torch.device("cpu"), "decode": True}
+    options = {"batch_size": 4, "seed": 0, "device": torch.device("cpu")}
     for _ in restore_batches(autoencoder, denoiser, stack, MaskedDDIM(2, 1.0), SCHEDULE, **options):
         assert denoiser.training and not torch.is_inference_mode_enabled()
     assert torch.equal(torch.get_rng_state(), before)
@@ -198,7 +264,8 @@ def test_maps_are_those_of_their_formula(autoencoder):
         ("mask", "input"): upsample_map(mask_map(batch.noise_probability), 4, 30, 29),
     }
     for (kind, reference), raw in expected.items():
-        maps = maps_of(batch, KNOBS | {"anomaly_map": kind, "reference": reference}, 4)
+        knobs = KNOBS | {"anomaly_map": kind, "reference": reference}
+        maps = maps_of(restore(autoencoder, by_value, decode=decoding_for(knobs))[0], knobs, 4)
         np.testing.assert_array_equal(maps, finish_map(raw, batch.brain, 1.0))
         assert maps.dtype == np.float32 and maps.shape == IMAGES.shape and 0 < maps.max() <= 1
         assert not maps[IMAGES <= 0].any()
@@ -238,7 +305,7 @@ def test_more_steps_than_times_are_refused(autoencoder):
         batch_size=4,
         seed=0,
         device=torch.device("cpu"),
-        decode=False,
+        decode="nothing",
     )
     with pytest.raises(ValueError, match=r"n_steps must lie in 1\.\.10, .*got 11"):
         next(batches)

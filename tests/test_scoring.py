@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from sklearn.exceptions import NotFittedError
 
 from madad._tensors import to_network
@@ -103,15 +104,18 @@ def test_flat_rows_come_back_flat():
     detector = Itself(image_shape=(12, 10)).fit(HEALTHY.reshape(40, -1))
     assert detector.predict_maps(SICK.reshape(5, -1)).shape == (5, 120)
     stack = detector._check_slices(SICK.reshape(5, -1))
-    images, brain = to_network(SICK[:, None], "cpu").numpy(), SICK > 0
-    joined = detector._joined(stack, ((images[rows], brain[rows]) for rows in ([0, 1], [2, 3, 4])))
+    images, brain = to_network(SICK[:, None], torch.device("cpu")).numpy(), SICK > 0
+    parts = ((images[rows], brain[rows]) for rows in ([0, 1], [2, 3, 4]))
+    joined = detector._joined(stack, np.arange(5), parts)
     np.testing.assert_allclose(joined, SICK.reshape(5, -1), atol=1e-6)
 
 
 def test_joined_images_are_clipped_and_empty_outside_the_brain():
     detector = Itself().fit(HEALTHY)
-    joined = detector._joined(detector._check_slices(SICK), [(np.full((5, 1, 12, 10), 3.0), SICK > 0)])
-    np.testing.assert_array_equal(joined, (SICK > 0).astype(np.float32))
+    stack, shown = detector._check_slices(SICK), np.array([1, 2, 4])
+    joined = detector._joined(stack, shown, [(np.full((3, 1, 12, 10), 3.0), SICK[shown] > 0)])
+    np.testing.assert_array_equal(joined[shown], (SICK[shown] > 0).astype(np.float32))
+    assert not joined[[0, 3]].any()  # rows that were not shown
 
 
 def test_before_fit_nothing_is_predicted_and_a_pickle_decides_as_before():

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,13 @@ from torch import nn
 from madad._tensors import (
     MAX_BATCH,
     PIXELS_PER_BATCH,
+    compile_in_place,
     default_batch_size,
     fixed_batches,
+    fixed_parts,
+    forward_batch_size,
     inference,
+    one_ahead,
     pad_with_background,
     resolve_device,
     state_from_numpy,
@@ -110,6 +116,18 @@ def test_a_state_of_another_module_is_refused():
         state_from_numpy(nn.Linear(2, 2), {"weight": np.zeros((2, 2), np.float32)})
 
 
+@pytest.mark.parametrize(("local_rank", "gpu"), [("0", 0), ("1", 1), ("3", 1)])
+def test_under_torchrun_a_gpu_without_number_is_the_processes_own(monkeypatch, local_rank, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "empty", lambda n, device: None)
+    assert resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", gpu)
+    assert resolve_device("cuda:0") == torch.device("cuda", 0) and resolve_device("cpu").type == "cpu"
+
+
 def test_devices():
     assert resolve_device("cpu") == resolve_device(CPU) == CPU
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,3 +138,62 @@ def test_devices_that_do_not_exist_are_refused(device):
     with pytest.raises(ValueError, match="device must be 'auto' or a device that torch can use") as caught:
         resolve_device(device)
     assert f"got {device!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("n, size", [(0, 4), (1, 4), (4, 4), (5, 4), (7, 1)])
+def test_fixed_parts_hold_every_row_once_and_are_filled_by_repetition(n, size):
+    rows = torch.arange(n) * 3
+    parts = list(fixed_parts(rows, size))
+    assert all(len(part) == size and 0 < n_valid <= size for part, n_valid in parts)
+    assert torch.equal(torch.cat([rows[:0], *(part[:n_valid] for part, n_valid in parts)]), rows)
+    assert all((part[n_valid:] == part[n_valid - 1]).all() for part, n_valid in parts)
+
+
+def test_forward_batches_on_a_cpu_go_by_the_size_of_the_slice_alone():
+    cpu = torch.device("cpu")
+    sizes = [forward_batch_size(side, side, cpu, 10**12) for side in (32, 64, 128, 256, 512, 4096)]
+    assert sizes == [16, 16, 16, 4, 1, 1]
+
+
+def test_forward_batches_on_a_gpu_take_half_of_its_free_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80_000, 10**6))
+    gpu = torch.device("cuda")
+    assert [forward_batch_size(64, 64, gpu, needed) for needed in (10**6, 40_000, 1000, 600, 1)] == [
+        *(1, 1, 32, 64, 256)
+    ]
+
+
+def test_one_ahead_is_map_and_makes_the_next_item_while_it_works():
+    events, made = [], threading.Event()
+
+    def items():
+        for i in range(3):
+            events.append(i)
+            if i == 1:
+                made.set()
+            yield i
+
+    def work(i):
+        assert i > 0 or made.wait(10)  # the second item is made before the first is done
+        return i * i
+
+    assert list(one_ahead(work, items())) == [0, 1, 4]
+    assert list(one_ahead(work, [])) == []
+
+
+def test_one_ahead_raises_what_was_raised_in_its_thread():
+    def fail(i):
+        raise ValueError(f"item {i}")
+
+    with pytest.raises(ValueError, match="item 5"):
+        list(one_ahead(fail, [5]))
+
+
+def test_compilation_is_switched_on_and_off_in_place_and_once(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiled.append(options) or call)
+    module = torch.nn.Linear(2, 2)
+    for enabled, expected in ((True, 1), (True, 1), (False, 1), (True, 2)):
+        compile_in_place(enabled, module)
+        assert len(compiled) == expected and (module._compiled_call_impl is not None) == enabled
+    assert "_orig_mod.weight" not in module.state_dict()

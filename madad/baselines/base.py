@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from madad._hashing import content_hash
-from madad._random import generator_from, hold_out, isolated_seed, spawn_seeds
+from madad._random import generator_from, hold_out, isolated_seed
 from madad._tensors import default_batch_size, fixed_batches, resolve_device, to_images, to_network
 from madad._validation import SliceStack
 from madad.anomaly_map import finish_map, smoothing_width
@@ -43,10 +43,10 @@ class Baseline(AnomalyMapDetector):
         stack = self._check_fit_slices(X, brain_mask)
         self._check_calibration(stack)
         self._check_parameters()
-        split_seed, seed, self.map_seed_ = spawn_seeds(self.random_state, 3)
+        team, (split_seed, seed, self.map_seed_) = self._begin(stack, 3)
         train, held_out, subjects = self._split(stack, groups, split_seed)
         self._train(stack.subset(train), subjects, seed)
-        self._calibrate(stack, held_out)
+        self._calibrate(stack, held_out, team)
         return self
 
     def _check_parameters(self) -> None:
@@ -93,9 +93,8 @@ class RestoringBaseline(Baseline):
         """The pseudo-healthy slices: float32 in 0..1, shape of ``X``, 0 outside the brain."""
         stack = self._check_slices(X, brain_mask)
         batches = self._network_batches(stack)
-        return self._joined(
-            stack, ((self._restored(x, brain)[:n].cpu().numpy(), brain[:n]) for x, brain, n in batches)
-        )
+        restored = ((self._restored(x, brain)[:n].cpu().numpy(), brain[:n]) for x, brain, n in batches)
+        return self._joined(stack, np.arange(len(stack)), restored)
 
     def _restored(self, x: Tensor, brain: np.ndarray) -> Tensor:
         """The pseudo-healthy network images (n, C, H, W), float32, of what `_raw_maps` is given."""

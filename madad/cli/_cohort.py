@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
+from madad.cli._readers import Load, read_ahead
 from madad.datasets import Scan, find_scans, scan_name
 from madad.derivatives import DESCRIPTION, Derivative, read_json
 from madad.preprocessed import STEP as PREPROCESS
@@ -56,11 +58,17 @@ class Tally:
         print(f"{len(self.done)} {done}, {len(self.skipped)} skipped, {len(self.failed)} failed: {out}")
 
 
-def add_cohort_arguments(parser: argparse.ArgumentParser) -> None:
+def add_cohort_arguments(parser: argparse.ArgumentParser, *, default_readers: str = "0") -> None:
     """Arguments of the commands that go over scans."""
     parser.add_argument("--overwrite", action="store_true", help="do again what is done already")
     parser.add_argument("--shard", type=shard, metavar="i/N", help="do the i-th of N parts, counted from 1")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, write nothing")
+    parser.add_argument(
+        "--readers",
+        type=n_readers,
+        metavar="N",
+        help=f"processes that prepare the next scans; 0 = this one alone (default: {default_readers})",
+    )
     add_output_arguments(parser)
 
 
@@ -68,6 +76,13 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """``--json`` and ``--quiet``."""
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def n_readers(text: str) -> int:
+    """A whole number from 0."""
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}; for example 2")
+    return int(text)
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -157,25 +172,29 @@ def begin(folder: Derivative, options: argparse.Namespace, name: str, **what) ->
 
 
 def for_each(
-    scans: Iterable[tuple[Scan, Item]],
-    work: Callable[[Item], Sequence[str]],
+    scans: Iterable[tuple[Scan, Load[Item]]],
+    work: Callable[[Scan, Item, list[str]], Sequence[str]],
     *,
     is_done: Callable[[Scan], bool],
     folder: Derivative,
     options: argparse.Namespace,
+    readers: int = 0,
 ) -> Tally:
     """Do the work for each scan that is not done yet.
 
     Parameters
     ----------
-    scans : iterable of (Scan, Item)
+    scans : iterable of (Scan, callable)
+        Each scan with what loads it.
     work : callable
-        Writes the results of an item, and returns warnings.
+        ``work(scan, loaded, noted)`` writes the results and returns warnings; ``noted`` came while loading.
     is_done : callable
     folder : Derivative
         Where failures are noted.
     options : argparse.Namespace
         With ``overwrite``, ``dry_run``, ``quiet``, ``json``.
+    readers : int
+        Of `madad.cli._readers.read_ahead`.
 
     Returns
     -------
@@ -186,30 +205,39 @@ def for_each(
     OSError
         If the disk is full or read-only: each scan after it would fail alike.
     """
-    tally, todo = Tally(), []
-    for scan, item in scans:
+    tally = Tally()
+    todo: list[tuple[Scan, Load[tuple[Item, list[str]]]]] = []
+    for scan, load in scans:
         if not options.overwrite and is_done(scan) and not folder.has_failed(scan):
             tally.skipped.append(scan_name(scan))
         else:
-            todo.append((scan, item))
+            todo.append((scan, partial(_noting, load)))
     if options.dry_run:
         tally.done = [scan_name(scan) for scan, _ in todo]
         return tally
-    for scan, item in progress(todo, "scans", options):
-        name = scan_name(scan)
-        try:
-            found = work(item)
-        except OF_ONE_SCAN as error:
-            if is_fatal(error):
-                raise
-            folder.fail(scan, error)
-            tally.failed[name] = " ".join(str(error).split())
-        else:
-            folder.succeed(scan)
-            tally.done.append(name)
-            if found:
-                tally.warned[name] = list(found)
+    with read_ahead([load for _, load in todo], readers) as answers:
+        for (scan, _), answer in zip(progress(todo, "scans", options), answers, strict=True):
+            name = scan_name(scan)
+            try:
+                found = work(scan, *answer())
+            except OF_ONE_SCAN as error:
+                if is_fatal(error):
+                    raise
+                folder.fail(scan, error)
+                tally.failed[name] = " ".join(str(error).split())
+            else:
+                folder.succeed(scan)
+                tally.done.append(name)
+                if found:
+                    tally.warned[name] = list(found)
     return tally
+
+
+def _noting(load: Load[Item]) -> tuple[Item, list[str]]:
+    """What is loaded, and the warnings meanwhile."""
+    with noted_warnings() as noted:
+        loaded = load()
+    return loaded, noted
 
 
 def is_fatal(error: BaseException) -> bool:
@@ -223,9 +251,12 @@ def progress(items: Sequence[Item], what: str, options: argparse.Namespace) -> I
 
 
 @contextmanager
-def noted_warnings() -> Iterator[list[str]]:
-    """Collect the texts of a block's warnings to users, each once, instead of showing them."""
-    texts: list[str] = []
+def noted_warnings(texts: list[str] | None = None) -> Iterator[list[str]]:
+    """Collect the texts of a block's warnings to users, each once, instead of showing them.
+
+    They are added to ``texts``, if given.
+    """
+    texts = [] if texts is None else texts
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", UserWarning)
         yield texts

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from madad._distributed import FirstFailedError, join
 from madad._tensors import resolve_device
 from madad.autoencoding import LatentAutoencoder
 from madad.checkpoint import refuse_foreign
@@ -33,7 +34,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         "fit",
         help="train a model on preprocessed volumes of healthy people",
         description="DATA is what madad preprocess wrote. MODEL becomes a directory with the networks, the "
-        "thresholds and a model card. Slices with expert lesion mask are left out.",
+        "thresholds and a model card. Slices with expert lesion mask are left out. On several GPUs: torchrun "
+        "--nproc-per-node N -m madad fit DATA MODEL. N processes, which must see the same files, then train "
+        "together; a batch is shared between them.",
     )
     parser.add_argument("data", type=Path, metavar="DATA")
     parser.add_argument("model", type=Path, metavar="MODEL")
@@ -74,7 +77,30 @@ def seconds(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, calibrate, and write model and card."""
+    """Train, calibrate, and write model and card; of torchrun's processes the first checks and writes."""
+    team = join(resolve_device(options.device))
+    try:
+        folder, files, contrasts, work = team.first(lambda: _prepared(options))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", TrainingStoppedWarning)
+            model = _fit(options, folder, files, contrasts, work)
+    except TrainingStoppedWarning:
+        if team.leads:
+            print("madad: interrupted; the same command with --resume goes on.", file=sys.stderr)
+        return 130
+    except FirstFailedError:  # it says why
+        return 2
+    if team.leads:
+        model.save(options.model)
+        shutil.rmtree(work)
+        _report(options, model)
+    return 0
+
+
+def _prepared(
+    options: argparse.Namespace,
+) -> tuple[Derivative, list[PreprocessedFiles], list[str], Path]:
+    """What is trained on, and where; raises an error before anything is done where MODEL or DATA is wrong."""
     refuse_foreign(options.model)
     if options.model.exists() and any(options.model.iterdir()) and not options.overwrite:
         raise FileExistsError(
@@ -89,18 +115,7 @@ def run(options: argparse.Namespace) -> int:
     folder = Derivative(options.data)
     files = find_preprocessed(folder)
     contrasts = _contrasts(options.contrasts, files)
-    work = _work_folder(options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", TrainingStoppedWarning)
-        try:
-            model = _fit(options, folder, files, contrasts, work)
-        except TrainingStoppedWarning:
-            print("madad: interrupted; the same command with --resume goes on.", file=sys.stderr)
-            return 130
-    model.save(options.model)
-    shutil.rmtree(work)
-    _report(options, model)
-    return 0
+    return folder, files, contrasts, _work_folder(options)
 
 
 def _fit(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import cpu_count
 
+from madad._tensors import resolve_device
 from madad._version import __version__
 from madad.cli._cohort import (
     add_cohort_arguments,
@@ -23,9 +25,9 @@ from madad.cli._cohort import (
 )
 from madad.datasets import Scan
 from madad.derivatives import Derivative, changes, write_json
-from madad.mri import PreprocessedVolume, write_like
+from madad.mri import PreprocessedVolume, VolumePreprocessor, write_like
 from madad.mri.registration import TEMPLATE_SPACE
-from madad.preprocessed import PreprocessedFiles, find_preprocessed, read_preprocessed
+from madad.preprocessed import PreprocessedFiles, find_preprocessed, preprocess_scan, read_preprocessed
 from madad.volume_model import VolumeModel, model_hash
 from madad.volumes import VolumePrediction
 
@@ -37,6 +39,8 @@ COLUMNS = (
     *("registration_similarity", "registration_overlap", "warning"),
 )
 Load = Callable[[], list[PreprocessedVolume]]
+MAX_READERS = 4
+"""By default; each holds a prepared scan."""
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -54,7 +58,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--space", default="orig", choices=("orig", "template"), help="grid of maps and masks (default: orig)"
     )
-    add_cohort_arguments(parser)
+    add_cohort_arguments(
+        parser, default_readers=f"0; with a GPU one less than there are cores, at most {MAX_READERS}"
+    )
     parser.set_defaults(run=run)
 
 
@@ -87,10 +93,8 @@ def run(options: argparse.Namespace) -> int:
     def images_of(scan: Scan) -> list[Path]:
         return [scan.images[name] for name in model.card.contrasts if name in scan.images]
 
-    def work(item: tuple[Scan, Load]) -> list[str]:
-        scan, load = item
-        with noted_warnings() as noted:
-            volumes = load()
+    def work(scan: Scan, volumes: list[PreprocessedVolume], noted: list[str]) -> list[str]:
+        with noted_warnings(noted):
             doubts = model.doubts(volumes)
             prediction = model.predict(volumes, threshold)
         facts = {**_facts(model, prediction), "settings": settings, "warnings": [*noted, *doubts]}
@@ -99,11 +103,12 @@ def run(options: argparse.Namespace) -> int:
         return facts["warnings"]
 
     tally = for_each(
-        [(scan, (scan, load)) for scan, load in share_of(scans, options)],
+        share_of(scans, options),
         work,
         is_done=lambda scan: folder.is_made_from(folder.path(scan, f"{MAP}.json", space), images_of(scan)),
         folder=folder,
         options=options,
+        readers=_default_readers(options.device) if options.readers is None else options.readers,
     )
     if not options.dry_run:
         folder.write_errors()
@@ -125,7 +130,9 @@ def scans_to_judge(
     """
     if not is_preprocessed(options.inputs):
         scans, source = raw_scans(options.inputs, options.contrast, out)
-        return [(scan, partial(model.prepare, scan)) for scan in scans], source
+        assert model.card.preprocessor is not None
+        prepare = partial(_prepare, model.card.preprocessor, model.card.contrasts)
+        return [(scan, partial(prepare, scan)) for scan in scans], source
     folder = Derivative(options.inputs[0])
     # How a brain is found decides nothing where it is found.
     before, now = (
@@ -141,6 +148,18 @@ def scans_to_judge(
     load = partial(read_preprocessed, folder, contrasts=model.card.contrasts, needs_source=needs_source)
     found = find_preprocessed(folder)
     return [(_judged(one), partial(load, one)) for one in found], folder.root
+
+
+def _prepare(
+    preprocessor: VolumePreprocessor, contrasts: Sequence[str], scan: Scan
+) -> list[PreprocessedVolume]:
+    """`VolumeModel.prepare` without the networks, which no other process needs."""
+    return list(preprocess_scan(preprocessor, scan, contrasts).values())
+
+
+def _default_readers(device: str) -> int:
+    """Some beside a GPU, which would wait for scans; none where the networks want the cores themselves."""
+    return min(MAX_READERS, cpu_count() - 1) if resolve_device(device).type == "cuda" else 0
 
 
 def _judged(files: PreprocessedFiles) -> Scan:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from madad.cli._cohort import (
     add_cohort_arguments,
     begin,
     for_each,
-    noted_warnings,
     raw_scans,
     share_of,
 )
 from madad.datasets import Scan
 from madad.derivatives import Derivative
 from madad.model_card import preprocessing_of
-from madad.mri import VolumePreprocessor
+from madad.mri import PreprocessedVolume, VolumePreprocessor
 from madad.preprocessed import (
     STEP,
     bids_name,
@@ -72,22 +73,22 @@ def run(options: argparse.Namespace) -> int:
         source=source,
     )
 
-    def work(scan: Scan) -> list[str]:
-        for contrast in scan.images:
-            bids_name(contrast)
-        with noted_warnings() as noted:
-            volumes = preprocess_scan(preprocessor, scan)
-        return write_preprocessed(folder, scan, volumes, noted)
-
     tally = for_each(
-        [(scan, scan) for scan in share_of(scans, options)],
-        work,
+        [(scan, partial(_prepare, preprocessor, scan)) for scan in share_of(scans, options)],
+        partial(write_preprocessed, folder),
         is_done=lambda scan: is_preprocessed_whole(folder, scan, template=preprocessor.template),
         folder=folder,
         options=options,
+        readers=options.readers or 0,
     )
     if not options.dry_run:
         folder.write_errors()
         write_preprocessing_table(folder)
     tally.report(options, options.out)
     return tally.status
+
+
+def _prepare(preprocessor: VolumePreprocessor, scan: Scan) -> Mapping[str, PreprocessedVolume]:
+    for contrast in scan.images:
+        bids_name(contrast)  # before the work that it would be in vain for
+    return preprocess_scan(preprocessor, scan)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from madad._tensors import fixed_parts
 from madad.diffusion.schedule import NoiseSchedule
 
 
@@ -18,7 +19,7 @@ class Restoration(NamedTuple):
     ----------
     z_restored : Tensor of shape (batch, c, h, w)
     noise_probability : Tensor of shape (n_steps, batch, 1, h, w), in 0..1
-        f_M at each step, in the order of the steps (t descending).
+        f_M at each step, in the order of the steps (t descending); of fewer steps after an early exit.
     flagged : Tensor of shape (batch,), bool
         Whether any position was moved; where False, ``z_restored`` equals the input.
     trajectory : Tensor of shape (n_steps + 1, batch, c, h, w) or None
@@ -49,6 +50,8 @@ class _MaskedSampler:
         generator: torch.Generator | None = None,
         *,
         brain_fraction: Tensor | None = None,
+        repaint_size: int | None = None,
+        early_exit: bool = False,
         return_trajectory: bool = False,
     ) -> Restoration:
         """Take ``z`` as z_T and repair what ``unet`` flags.
@@ -64,36 +67,53 @@ class _MaskedSampler:
             result depends neither on its batch nor on its place in it. None = seed 0.
         brain_fraction : Tensor of shape (batch, 1, h, w), optional
             Positions without any brain are never flagged.
+        repaint_size : int or None
+            Samples with something to repaint are repainted so many at a time, padded by repetition; None =
+            together with all others.
+        early_exit : bool
+            Where repainting follows, leave out the steps after which no position of the batch can reach the
+            threshold any more, whatever f_M says there. The restored latents are the same, bit by bit.
         return_trajectory : bool
         """
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         times = schedule.timesteps(self.n_steps, self.spacing)
         z_t, probabilities, trajectory = z, [], [z]
         flagged = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        total = torch.zeros_like(z[:, :1])
+        inside = torch.ones_like(total) if brain_fraction is None else brain_fraction > 0
         for t, t_before in zip(times, [*times[1:], 0], strict=True):
             z0_hat, noise_logit = unet(z_t, torch.full((len(z),), t, device=z.device))
             # in float64: the vectorised float32 sigmoid rounds by the place in the batch
             noise_probability = torch.sigmoid(noise_logit.double()).to(z.dtype)
             if brain_fraction is not None:
-                noise_probability = noise_probability * (brain_fraction > 0)
+                noise_probability = noise_probability * inside
             noise_mask = noise_probability > self.mask_threshold  # B(f_M)
             flagged |= noise_mask.flatten(1).any(dim=1)
             noise = torch.randn((1, *z.shape[1:]), generator=generator).to(z)
             moved = self._step(schedule, z_t, z0_hat.to(z.dtype), t, t_before, noise)
             z_t = torch.where(noise_mask, moved, z_t)
             probabilities.append(noise_probability)
+            total = total + noise_probability  # in one order for all batches
             if return_trajectory:
                 trajectory.append(z_t)
-        f_m = torch.stack(probabilities)
+            elif early_exit and not self._can_erase(total, len(probabilities), inside):
+                return Restoration(z, torch.stack(probabilities), torch.zeros_like(flagged), None)
         if self.repaint > 0:
-            inside = torch.ones_like(f_m[0]) if brain_fraction is None else brain_fraction > 0
-            mean = sum(probabilities[1:], probabilities[0]) / len(
-                probabilities
-            )  # in one order for all batches
-            erased = _highest(mean, self.mask_threshold, inside, self.repaint)
-            z_t, flagged = _repaint(unet, z, erased, schedule), erased.flatten(1).any(dim=1)
+            erased = _highest(total / len(times), self.mask_threshold, inside, self.repaint)
+            flagged = erased.flatten(1).any(dim=1)
+            z_t = _repaint(unet, z, erased, schedule, repaint_size or len(z))
             trajectory.append(z_t)
+        f_m = torch.stack(probabilities)
         return Restoration(z_t, f_m, flagged, torch.stack(trajectory) if return_trajectory else None)
+
+    def _can_erase(self, total: Tensor, n_done: int, inside: Tensor) -> bool:
+        """Whether the mean of f_M may still exceed the threshold anywhere: if it is 1 from now on."""
+        n_left = self.n_steps - n_done
+        if self.repaint == 0 or n_left / self.n_steps > self.mask_threshold:
+            return True  # certain where there is brain, without a look at the values
+        for _ in range(n_left):  # added one by one, as f_M would be: rounding keeps the order of two sums
+            total = total + inside
+        return bool((total / self.n_steps > self.mask_threshold).any())
 
     def _step(self, schedule, z_t: Tensor, z0_hat: Tensor, t: int, t_before: int, noise: Tensor) -> Tensor:
         raise NotImplementedError
@@ -175,13 +195,13 @@ def _highest(f_m: Tensor, threshold: float, inside: Tensor, share: float) -> Ten
     return (f_m > threshold) & (rank < allowed[:, None]).view_as(f_m)
 
 
-def _repaint(unet: nn.Module, z: Tensor, erased: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """Erase positions and let the network predict them, at t = T."""
-    if not bool(erased.any()):
-        return z
-    last = torch.full((len(z),), schedule.n_timesteps, device=z.device)
-    z0_hat, _ = unet(torch.where(erased, torch.zeros_like(z), z), last)
-    return torch.where(erased, z0_hat.to(z.dtype), z)
+def _repaint(unet: nn.Module, z: Tensor, erased: Tensor, schedule: NoiseSchedule, size: int) -> Tensor:
+    """Erase positions and let the network predict them, at t = T; only of samples that have some."""
+    repainted, last = z.clone(), torch.full((size,), schedule.n_timesteps, device=z.device)
+    for rows, n_valid in fixed_parts(erased.flatten(1).any(dim=1).nonzero()[:, 0], size):
+        z0_hat, _ = unet(z[rows].masked_fill(erased[rows], 0.0), last)
+        repainted[rows[:n_valid]] = torch.where(erased[rows], z0_hat.to(z.dtype), z[rows])[:n_valid]
+    return repainted
 
 
 def posterior_mean(z_t: Tensor, z0_hat: Tensor, ab: float, ab_before: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from madad.nn.layers import (
 )
 
 NORM_EPS = 1e-6
+ACTIVATIONS_AT_A_TIME = 12  # before and after a block, normalised, widened by the decoder's last upsampling
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class AutoencoderConfig:
     def factor(self) -> int:
         """Image pixels per latent position, along height and along width."""
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
+
+    def bytes_per_slice(self, height: int, width: int) -> int:
+        """About how much memory a slice takes at a time: float32 activations around the widest layer."""
+        pixels = math.ceil(height / self.patch_size) * math.ceil(width / self.patch_size)
+        levels = [self.base_channels * m * pixels / 4**i for i, m in enumerate(self.channel_multipliers)]
+        return math.ceil(4 * ACTIVATIONS_AT_A_TIME * max(levels))
 
 
 KL_F8 = AutoencoderConfig()

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from madad._distributed import Team
+from madad.training.share import Share
+
 BETAS = {"module": (0.9, 0.999), "rival": (0.5, 0.9)}
 FACTS = (
     *("step", "finished", "elapsed_s", "record_start_s", "learning_rate"),
@@ -26,11 +29,17 @@ class TrainingRun:
     rival : nn.Module or None
         Trained alternately with the module.
     generator : torch.Generator
+    team : Team
+        Its first process gives all of them its initial weights and the state of its generator.
+    batch_size : int
+        Of all processes together.
     learning_rate, weight_decay, ema_decay : float
         See `madad.training.Trainer`.
 
     Attributes
     ----------
+    share : Share
+        What this process does of each step.
     networks, optimisers : dict
         By role: ``"module"`` and, where there is one, ``"rival"``.
     step : int
@@ -53,6 +62,8 @@ class TrainingRun:
         rival: nn.Module | None,
         generator: torch.Generator,
         *,
+        team: Team,
+        batch_size: int,
         learning_rate: float,
         weight_decay: float,
         ema_decay: float,
@@ -60,6 +71,9 @@ class TrainingRun:
         self.networks = {"module": module} if rival is None else {"module": module, "rival": rival}
         self.generator = generator
         self.device = next(module.parameters()).device
+        team.copy_(self.values().values())
+        generator.set_state(team.broadcast(generator.get_state()))
+        self.share = Share(team, batch_size, generator)
         self.optimisers = {
             role: torch.optim.AdamW(
                 [p for p in network.parameters() if p.requires_grad],
@@ -97,13 +111,14 @@ class TrainingRun:
         optimiser = self.optimisers[role]
         optimiser.zero_grad(set_to_none=True)
         value.backward()
+        self.share.average_gradients(optimiser.param_groups[0]["params"])
         if gradient_clip is not None:
             nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], gradient_clip)
         optimiser.step()
 
     def add(self, parts: dict[str, Tensor]) -> None:
         """Add a step's values to the record; they stay on their device, so that no step waits for it."""
-        for name, part in parts.items():
+        for name, part in self.share.averages(parts, self.device).items():
             self.totals[name] = self.totals.get(name, 0.0) + part
             self.counts[name] = self.counts.get(name, 0) + 1
 
@@ -127,11 +142,12 @@ class TrainingRun:
         self.history[-1]["best"] = True
 
     def settle(self) -> None:
-        """Give the module its best validated weights, else the averaged ones."""
+        """Give the module its best validated weights, else the averaged ones; all processes have the same."""
         if self.best:
             _copy(self.best, _values(self.networks["module"]))
         else:
             self.average.copy_to_module()
+        self.share.team.copy_(self.values().values())  # buffers: each process kept its own
         self.train(False)
 
     def values(self) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from madad._distributed import Team
+
 
 class StopRequest:
     """What a signal leaves for the training that looks at it after each step.
@@ -25,6 +27,13 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or signal.Signals(number)
+
+    def agree(self, team: Team, elapsed_s: float = 0.0) -> tuple[bool, float]:
+        """Whether a signal came to any process of a team, and the longest of their times."""
+        number, longest_s = team.highest(self.signal or 0, elapsed_s)
+        if number:
+            self.signal = self.signal or signal.Signals(int(number))
+        return bool(number), longest_s
 
 
 _surrounding: StopRequest | None = None

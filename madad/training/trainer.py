@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from madad._distributed import join
 from madad._random import isolated_seed
 from madad.training.callbacks import TrainingState
 from madad.training.checkpoint import CheckpointFile, fingerprint
@@ -78,7 +79,7 @@ class Trainer(BaseEstimator):
         wall, or those in which a CPU worked for the process, all its threads together. Other jobs on a shared
         machine do not use up the latter, and a GPU's work hardly does: use it on CPUs.
     batch_size : int or None
-        None = 32, or fewer where samples are large.
+        Samples of a step, of all processes together. None = 32, or fewer where samples are large.
     learning_rate : float
         Peak learning rate.
     weight_decay : float
@@ -112,6 +113,16 @@ class Trainer(BaseEstimator):
         Run the module through ``torch.compile``.
     channels_last : bool
         Keep the weights in channels-last format while training.
+
+    Notes
+    -----
+    Under ``torchrun``, or where ``torch.distributed`` is initialised, the processes train together, and each
+    calls the same with the same data. Each takes its share of every batch, so that ``batch_size``,
+    ``learning_rate`` and the number of steps mean what they mean for one process; gradients are averaged over
+    the batch, and all end with the same weights and the same history. Draws differ from those of another
+    number of processes. Only the first process calls the callbacks, shows a bar, and reads and writes
+    checkpoints, with which any number of processes may go on. A signal to one of them stops all. What a
+    process starts itself, such as joblib's workers, trains alone.
     """
 
     def __init__(
@@ -182,12 +193,13 @@ class Trainer(BaseEstimator):
         module : nn.Module
             On the device to train on.
         loss : callable (module, index, generator, step) -> (loss, parts)
-            ``index`` holds the samples of the batch, ``step`` counts the steps done before; ``parts`` are
-            named terms for the history.
+            The mean over the samples ``index`` of the batch; ``step`` counts the steps done before; ``parts``
+            are named terms for the history.
         n_samples : int
         generator : torch.Generator
             The only source of randomness: order of the samples, and whatever ``loss`` draws. Dropout draws
-            from torch's global one; see `madad._random.isolated_seed`.
+            from torch's global one; see `madad._random.isolated_seed`. ``loss`` is to draw from the one that
+            it is given: of several processes each has another at each step.
         batch_size : int
             Used where the trainer's own is None.
         rival : nn.Module or None
@@ -253,22 +265,26 @@ class Trainer(BaseEstimator):
             dtype=self._autocast_dtype(next(module.parameters()).device),
             stage=description,
         )
+        team = join(next(module.parameters()).device)
         networks = [network for network in (module, rival) if network is not None]
         with graceful_stop() as stop, channels_last(networks if self.channels_last else ()):
             run = TrainingRun(
                 module,
                 rival,
                 generator,
+                team=team,
+                batch_size=batch_size,
                 learning_rate=self.learning_rate,
                 weight_decay=self.weight_decay,
                 ema_decay=self.ema_decay,
             )
             file = self._checkpoint_file(run, task, identity)
-            if file is not None and self.resume == "auto" and (saved := file.read()) is not None:
+            saved = file.read() if file is not None and self.resume == "auto" else None
+            if (saved := team.broadcast_state(saved)) is not None:
                 run.restore(*saved)
             run.train(not run.finished)
             if not run.finished:
-                self._train(run, task, file, stop, verbose)
+                self._train(run, task, file, stop, verbose and team.leads)
         return run.history
 
     def max_records(self, n_samples: int, batch_size: int = 32) -> int | None:
@@ -341,7 +357,7 @@ class Trainer(BaseEstimator):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}. Use False.")
 
     def _checkpoint_file(self, run: TrainingRun, task: _Task, identity: str) -> CheckpointFile | None:
-        if self.checkpoint_dir is None:
+        if self.checkpoint_dir is None or not run.share.team.leads:
             return None
         decisive = {name: value for name, value in self.get_params().items() if name not in NOT_DECISIVE}
         asked = (task.stage, task.n_samples, task.n_validation, task.batch_size, identity)
@@ -357,7 +373,12 @@ class Trainer(BaseEstimator):
         stop: StopRequest,
         verbose: bool,
     ) -> None:
-        """Go on until all is done or a signal comes; what a step entails is over when the next one begins."""
+        """Go on until all is done or a signal comes; what a step entails is over when the next one begins.
+
+        Whatever decides how it goes on is the same in all processes of a team, or none would know the others'
+        next step.
+        """
+        team = run.share.team
         if run.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(run.device)
         run.start = self._now() - run.elapsed_s
@@ -365,13 +386,14 @@ class Trainer(BaseEstimator):
         total = task.total_steps if self.max_time is None else None  # by time, the number of steps is open
         with tqdm(total=total, initial=first, desc=task.stage, disable=not verbose, unit="step") as bar:
             while True:
-                run.elapsed_s = self._now() - run.start
+                stopped, run.elapsed_s = stop.agree(team, self._now() - run.start)
                 done = run.step >= task.total_steps or self._time_spent(run) >= 1
                 if run.totals and (done or task.ends_record_at(run.step)):
                     self._record(run, task)
                     bar.set_postfix(loss=f"{run.history[-1]['loss']:.4f}")
                     done = self._review(run, task, done)
-                if done or (stop.signal is not None and run.step > first):
+                    stopped, _ = stop.agree(team)
+                if done or (stopped and run.step > first):
                     break
                 due = run.step > first and run.elapsed_s - written_s >= self.checkpoint_every_s
                 if file is not None and due:
@@ -395,6 +417,7 @@ class Trainer(BaseEstimator):
         advice = "Set the trainer's checkpoint_dir to be able to go on from there."
         if file is not None and file.path.exists():
             advice = f"Make the same call again to go on from {file.path}."
+        advice = run.share.team.broadcast(advice)
         by = stop.signal.name if stop.signal is not None else "a signal"
         warnings.warn(
             f"{task.stage} was stopped by {by} at step {run.step} of {task.total_steps}. {advice}",
@@ -407,20 +430,21 @@ class Trainer(BaseEstimator):
         place = run.step % task.n_batches
         if place == 0 or run.order is None:
             run.order = torch.randperm(task.n_samples, generator=run.generator)
-        index = run.order[place * task.batch_size : (place + 1) * task.batch_size]
+        index = run.share.of(run.order[place * task.batch_size : (place + 1) * task.batch_size])
         run.set_learning_rate(self._learning_rate(self._progress(run, task)))
-        with task.autocast(run.device):
-            value, parts = task.loss(task.forward, index, run.generator, run.step)
-        run.descend("module", value, self.gradient_clip)
-        run.average.update(run.step)
-        run.add({"loss": value.detach(), **parts})
-        if task.rival_loss is not None:
+        with run.share.draws(run.step) as generator:
             with task.autocast(run.device):
-                answer = task.rival_loss(run.networks["rival"], index, run.generator, run.step)
-            if answer is not None:
-                value, parts = answer
-                run.descend("rival", value, self.gradient_clip)
-                run.add({"rival_loss": value.detach(), **parts})
+                value, parts = task.loss(task.forward, index, generator, run.step)
+            run.descend("module", value, self.gradient_clip)
+            run.average.update(run.step)
+            run.add({"loss": value.detach(), **parts})
+            if task.rival_loss is not None:
+                with task.autocast(run.device):
+                    answer = task.rival_loss(run.networks["rival"], index, generator, run.step)
+                if answer is not None:
+                    value, parts = answer
+                    run.descend("rival", value, self.gradient_clip)
+                    run.add({"rival_loss": value.detach(), **parts})
         run.step += 1
 
     def _record(self, run: TrainingRun, task: _Task) -> None:
@@ -430,6 +454,7 @@ class Trainer(BaseEstimator):
         record["learning_rate"] = run.learning_rate
         record["samples_per_second"] = n_seen / max(run.elapsed_s - run.record_start_s, 1e-9)
         record["peak_memory_mib"] = peak_memory_mib(run.device)
+        record |= run.share.team.broadcast(record)
         run.record_start_s = run.elapsed_s
         for name in ("loss", "rival_loss"):
             if not math.isfinite(record.get(name, 0.0)):
@@ -443,7 +468,13 @@ class Trainer(BaseEstimator):
         if task.validation_loss is not None and (done or task.validates_at(run.step)):
             self._validate(run, task, task.validation_loss)
         done = done or (self.patience is not None and run.n_unimproved >= self.patience)
-        epoch = math.ceil(run.step / task.n_batches)
+        asked = self._asks_to_stop(run, task) if run.share.team.leads else False
+        run.record_start_s = run.elapsed_s = self._now() - run.start
+        return run.share.team.broadcast(done or asked)
+
+    def _asks_to_stop(self, run: TrainingRun, task: _Task) -> bool:
+        """Call all callbacks; whether any of them ends training."""
+        epoch, asked = math.ceil(run.step / task.n_batches), False
         for callback in self.callbacks:
             record, module = dict(run.history[-1]), run.networks["module"]
             answer = callback(TrainingState(task.stage, run.step, epoch, task.total_steps, record, module))
@@ -452,9 +483,8 @@ class Trainer(BaseEstimator):
                     f"a callback must return None or 'stop', got {answer!r} from {callback!r}. Return 'stop' "
                     f"to end the training."
                 )
-            done = done or answer == "stop"
-        run.record_start_s = run.elapsed_s = self._now() - run.start
-        return done
+            asked = asked or answer == "stop"
+        return asked
 
     def _validate(self, run: TrainingRun, task: _Task, loss: Loss) -> None:
         """Judge the averaged weights by their mean loss, with the same draws each time."""
@@ -466,7 +496,7 @@ class Trainer(BaseEstimator):
                 for index in torch.arange(task.n_validation).split(task.batch_size):
                     value, _ = loss(task.forward, index, generator, run.step)
                     total = total + len(index) * value
-            run.judge(float(total) / task.n_validation)
+            run.judge(run.share.team.broadcast(float(total) / task.n_validation))
         run.train()
 
     def _now(self) -> float:

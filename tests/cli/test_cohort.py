@@ -11,13 +11,22 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from madad.cli._cohort import Tally, for_each, is_preprocessed, noted_warnings, shard, share_of
+from madad.cli._cohort import (
+    Tally,
+    for_each,
+    is_preprocessed,
+    n_readers,
+    noted_warnings,
+    shard,
+    share_of,
+)
 from madad.datasets import Scan
 from madad.derivatives import Derivative
 
@@ -299,10 +308,11 @@ def folder_of(tmp_path):
 
 def test_one_after_the_other(tmp_path):
     folder = folder_of(tmp_path)
-    scans = [(Scan(name, {}), name) for name in ("a", "b", "c", "d")]
+    scans = [(Scan(name, {}), partial(str, name)) for name in ("a", "b", "c", "d")]
     worked = []
 
-    def work(item):
+    def work(scan, item, noted):
+        assert scan.subject == item and noted == []
         worked.append(item)
         if item == "b":
             raise ValueError("no  brain\nin b")
@@ -321,13 +331,13 @@ def test_one_after_the_other(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyError("a bug"), ImportError("SimpleITK"), KeyboardInterrupt()])
 def test_what_each_scan_would_meet_ends_the_cohort(tmp_path, error):
-    def work(item):
+    def load():
         raise error
 
     with pytest.raises(type(error)):
         for_each(
-            [(Scan("a", {}), 0)],
-            work,
+            [(Scan("a", {}), load)],
+            lambda scan, item, noted: [],
             is_done=lambda scan: False,
             folder=folder_of(tmp_path),
             options=options_of(),
@@ -342,6 +352,57 @@ def test_warnings_are_noted_once_and_only_those_for_users():
             warnings.warn("of another library", DeprecationWarning, stacklevel=1)
     assert len(shown) == 1
     assert noted == ["Poor."]
+    with noted_warnings(noted):
+        for text in ("Poor.", "Odd."):
+            warnings.warn(text, stacklevel=1)
+    assert noted == ["Poor.", "Odd."]
+
+
+# Readers
+
+
+def test_readers_leave_the_bytes_of_one_process(run, step, whole, cohort, tmp_path, tree):
+    out = tmp_path / "out"
+    assert run(*step.arguments(cohort, out, "--shard", "1/2", "--readers", "1"))[0] == 0
+    assert run(*step.arguments(cohort, out, "--readers", "2"))[1].startswith("4 done, 4 skipped, 0 failed")
+    assert tree(out) == tree(whole)
+
+
+def test_readers_bring_back_warnings_and_failures(run, step, bad_cohort, tmp_path, tree):
+    table, repair = bad_cohort
+    said = {}
+    for n in ("0", "2"):
+        status, printed, errors = run(*step.arguments(table, tmp_path / n, "--readers", n))
+        assert status == 1 and f"4 done, 0 skipped, {len(repair)} failed" in printed
+        said[n] = errors
+    assert said["0"] == said["2"]
+    assert tree(tmp_path / "0") == tree(tmp_path / "2")
+
+
+def test_a_scan_that_kills_its_reader_costs_a_row(tmp_path, rows_of):
+    folder = folder_of(tmp_path)
+    loads = dict.fromkeys("acde", partial(str, "read")) | {"b": partial(signal.raise_signal, signal.SIGKILL)}
+    tally = for_each(
+        [(Scan(name, {}), loads[name]) for name in sorted(loads)],
+        lambda scan, item, noted: [item],
+        is_done=lambda scan: False,
+        folder=folder,
+        options=options_of(),
+        readers=2,
+    )
+    folder.write_errors()
+    assert tally.done == ["sub-a", "sub-c", "sub-d", "sub-e"] and list(tally.failed) == ["sub-b"]
+    (row,) = rows_of(folder.root / "errors.tsv")
+    assert row["participant_id"] == "sub-b" and f"got exit code {-signal.SIGKILL}" in row["message"]
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "1.5", ""])
+def test_readers_are_a_number(run, step, healthy, tmp_path, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"whole number from 0, got '{text}'"):
+        n_readers(text)
+    with pytest.raises(SystemExit) as ended:
+        run(*step.arguments(healthy, tmp_path / "out", f"--readers={text}"))
+    assert ended.value.code == 2
 
 
 # Input

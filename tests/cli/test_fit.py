@@ -17,6 +17,7 @@ from madad.training import Trainer
 from madad.volume_model import VolumeModel
 
 ROOT = Path(__file__).parents[2]
+INTERRUPTED = Path(__file__).parents[1] / "distributed" / "interrupted_fit.py"
 TINY = ("--preset", "tiny", "--spacing-mm", "4", "--device", "cpu", "--quiet")
 
 
@@ -199,3 +200,36 @@ def test_other_planes(run, prepared, healthy, tmp_path, plane):
     assert card["slices"]["plane"] == plane
     assert card["aggregation"] == {"median_slices": 3, "smoothing_mm": 0.0, "min_volume_ml": 1.0}
     assert maps_of(model, healthy.parent / "h0.nii.gz").shape == (36, 44, 36)
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_train_together_and_go_on(torchrun, model, prepared, healthy, tmp_path, tree):
+    command = ("fit", prepared, tmp_path / "whole", *TINY[:-1])
+    whole = torchrun("-m", "madad", *command, "--json")
+    assert whole.returncode == 0 and whole.stderr == "", whole.stderr
+    facts = json.loads(whole.stdout)  # printed once
+    assert facts["held_out_volumes"] == 1 and not (tmp_path / ".whole-fit").exists()
+    both, alone = (VolumeModel.load(path, "cpu") for path in (tmp_path / "whole", model))
+    scans = (Scan(f"h{i}", {"T1": healthy.parent / f"h{i}.nii.gz"}) for i in range(5))
+    assert facts["offset"] in [both.predict(both.prepare(scan)).score for scan in scans]
+    losses = ([record["loss"] for record in one.detector.history_] for one in (both, alone))
+    np.testing.assert_allclose(*losses, rtol=0.15)
+
+    command = ("fit", prepared, tmp_path / "model", *TINY)
+    stopped = torchrun(INTERRUPTED, *command)
+    assert stopped.returncode != 0 and stopped.stderr.count("--resume goes on") == 1, stopped.stderr
+    assert not (tmp_path / "model").exists()
+    assert len(list((tmp_path / ".model-fit" / "checkpoints").iterdir())) == 2
+    resumed = torchrun("-m", "madad", *command, "--resume")
+    assert resumed.returncode == 0 and resumed.stdout.count("slices of 5 subjects") == 1, resumed.stderr
+    again, before = tree(tmp_path / "model"), tree(tmp_path / "whole")
+    for name in ("README.md", "config.json"):  # with names and with seconds
+        assert again.pop(name) and before.pop(name)
+    assert again == before
+
+
+@pytest.mark.slow
+def test_of_torchruns_processes_one_says_what_is_wrong(torchrun, healthy, tmp_path):
+    refused = torchrun("-m", "madad", "fit", healthy.parent, tmp_path / "model", *TINY)
+    assert refused.returncode != 0 and refused.stderr.count("madad preprocess wrote") == 1
+    assert "FirstFailedError" not in refused.stderr and not list(tmp_path.iterdir())

@@ -5,7 +5,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
+from madad.cli import predict
 from madad.mri.registration import TEMPLATE_SPACE
 
 MAP, MASK = "stat-anomaly_statmap", "label-L_desc-madad_mask"
@@ -254,3 +256,12 @@ def test_a_damaged_model_is_one_error(run, model, patients, tmp_path, what):
     status, _, errors = run("predict", path, patients, tmp_path / "out")
     assert status == 2 and errors.count("madad: error:") == 1 and str(path) in errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "n"), [("cpu", 16, 0), ("cuda", 16, 4), ("cuda", 3, 2), ("cuda", 1, 0)]
+)
+def test_readers_beside_a_gpu_alone(monkeypatch, device, cores, n):
+    monkeypatch.setattr(predict, "resolve_device", torch.device)
+    monkeypatch.setattr(predict, "cpu_count", lambda: cores)
+    assert predict._default_readers(device) == n

@@ -211,6 +211,72 @@ def test_repaint_goes_by_the_mean_of_the_flags(threshold, erased):
     torch.testing.assert_close(result.noise_probability.mean(), torch.tensor(0.2))
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_only_what_has_something_erased_is_repainted_in_parts_of_one_size(size):
+    z = case()[2]
+    logit = torch.full((SHAPE[0], 1, *SHAPE[2:]), -3.0)
+    logit[[0, 3, 4], 0, 2:4, 1:3] = 3.0
+    unet, given = flagging(logit)
+    together = MaskedDDIM(2, repaint=1.0).restore(unet, z, SCHEDULE)
+    given.clear()
+    result = MaskedDDIM(2, repaint=1.0).restore(unet, z, SCHEDULE, repaint_size=size)
+    sizes = [len(asked) for asked, _ in given]
+    assert sizes == [5, 5] + [size] * -(-3 // size)
+    torch.testing.assert_close(result.z_restored, together.z_restored)
+    assert torch.equal(result.z_restored[[1, 2]], z[[1, 2]])
+    assert result.flagged.tolist() == [True, False, False, True, True]
+
+
+def flagging_in_turn(logits):
+    """A network whose mask logits are given for each step in turn; counts its calls in the second value."""
+    calls = []
+
+    def unet(z_t, t):
+        calls.append(int(t[0]))
+        return 0 * z_t + 7, logits[len(calls) - 1]
+
+    return unet, calls
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("seed", range(6))
+def test_early_exit_gives_the_same_latents_bit_by_bit(threshold, seed):
+    z = case(seed)[2]
+    logits = 2 * torch.randn(11, SHAPE[0], 1, *SHAPE[2:], generator=seeded(seed)) - seed
+    sampler = MaskedDDIM(10, mask_threshold=threshold, repaint=0.5)
+    whole, quick = (
+        sampler.restore(flagging_in_turn(logits)[0], z, SCHEDULE, early_exit=early) for early in (False, True)
+    )
+    assert torch.equal(whole.z_restored, quick.z_restored)
+    assert torch.equal(whole.flagged, quick.flagged)
+
+
+@pytest.mark.parametrize(
+    ("first", "exits_after"),
+    [(-30.0, 5), (0.0, 7), (1.0, None)],  # f_M is 0, 1/2 or 0.73 in four steps, then 0
+)
+def test_early_exit_comes_when_no_position_can_reach_the_threshold_and_not_before(first, exits_after):
+    """Mean 0.5 of ten: after k steps that sum to s it is out of reach once s + 10 - k <= 5."""
+    z = case()[2]
+    logits = torch.full((11, SHAPE[0], 1, *SHAPE[2:]), -40.0)
+    logits[:4, 2, 0, 3, 3] = first
+    if exits_after is None:
+        logits[4:, 2, 0, 3, 3] = first
+    unet, calls = flagging_in_turn(logits)
+    sampler = MaskedDDIM(10, mask_threshold=0.5, repaint=0.5)
+    result = sampler.restore(unet, z, SCHEDULE, early_exit=True)
+    assert len(calls) == (11 if exits_after is None else exits_after)
+    assert bool(result.flagged.any()) == (exits_after is None)
+    assert len(result.noise_probability) == min(len(calls), 10)
+
+
+@pytest.mark.parametrize("sampler", [MaskedDDIM(), MaskedDDPM()], ids=["ddim", "ddpm"])
+def test_without_repainting_no_step_is_left_out(sampler):
+    unet, calls = flagging_in_turn(torch.full((10, SHAPE[0], 1, *SHAPE[2:]), -40.0))
+    sampler.restore(unet, case()[2], SCHEDULE, early_exit=True)
+    assert len(calls) == 10
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 @pytest.mark.parametrize("with_brain", [False, True])
 def test_repaint_erases_at_most_a_share_of_the_brain_and_what_is_flagged_most(share, with_brain):

@@ -1,0 +1,128 @@
+"""Items loaded ahead by other processes: order, bounds, deaths, and no process left behind."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from madad.cli._readers import read_ahead
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 120  # that nothing may take
+# What is loaded must be importable in a reader, as a test's own functions are not.
+DIES = partial(signal.raise_signal, signal.SIGKILL)
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def outcomes(loads, n_readers):
+    """What each load gave, or its error."""
+    found = []
+    with read_ahead(loads, n_readers) as answers:
+        for answer in answers:
+            try:
+                found.append(answer())
+            except (ValueError, RuntimeError) as error:
+                found.append(error)
+    assert multiprocessing.active_children() == []
+    return found
+
+
+@pytest.mark.parametrize("n_readers", [0, 1, 3])
+def test_items_and_errors_come_in_order(n_readers):
+    loads = [partial(pow, 2, i) for i in range(4)] + [partial(int, "x"), os.getpid, os.getpid]
+    *powers, error, one, two = outcomes(loads, n_readers)
+    assert powers == [1, 2, 4, 8]
+    assert isinstance(error, ValueError) and str(error) == "invalid literal for int() with base 10: 'x'"
+    assert (one == os.getpid()) == (n_readers == 0) and (one == two) == (n_readers < 2)
+    if n_readers:
+        assert "in _attempt" in "".join(traceback.format_exception(error))  # where it was raised
+
+
+def test_nothing_to_load_needs_no_reader():
+    assert outcomes([], 2) == []
+
+
+def test_a_dead_reader_costs_what_it_was_at():
+    numbers = [partial(pow, 3, i) for i in range(5)]
+    first, second, third, died, fourth, left, fifth = outcomes(
+        [*numbers[:3], DIES, numbers[3], partial(os._exit, 7), numbers[4]], 2
+    )
+    assert [first, second, third, fourth, fifth] == [1, 3, 9, 27, 81]
+    for error, code in ((died, -signal.SIGKILL), (left, 7)):
+        assert isinstance(error, RuntimeError) and f"got exit code {code}." in str(error)
+        assert "memory" in str(error) and "--readers 0" in str(error)
+
+
+def test_no_more_is_loaded_than_there_are_readers(tmp_path):
+    loads = [partial(Path.touch, tmp_path / str(i)) for i in range(6)]
+    with read_ahead(loads, 2) as answers:
+        for n_answered, answer in enumerate(answers):
+            ahead = min(n_answered + 2, 6)
+            wait_until(lambda expected=ahead: len(os.listdir(tmp_path)) >= expected)
+            assert sorted(os.listdir(tmp_path)) == [str(i) for i in range(ahead)]
+            answer()
+
+
+def test_an_error_here_ends_readers_in_the_middle_of_a_load():
+    start = time.monotonic()
+    with pytest.raises(KeyError), read_ahead([os.getpid, partial(time.sleep, 2 * SECONDS)], 2) as answers:
+        next(answers)()
+        raise KeyError
+    assert multiprocessing.active_children() == [] and time.monotonic() - start < SECONDS
+
+
+SCRIPT = """
+import os, sys, time
+from functools import partial
+from madad.cli._readers import read_ahead
+
+if sys.argv[1] == "unguarded" or __name__ == "__main__":
+    with read_ahead([os.getpid, os.getpid, *[partial(time.sleep, 600)] * 2], 2) as answers:
+        print(next(answers)(), next(answers)(), flush=True)
+        next(answers)()
+"""
+
+
+def start(tmp_path, word):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return subprocess.Popen(
+        [sys.executable, tmp_path / "script.py", word],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_readers_end_with_the_process_that_asks(tmp_path, name):
+    running = start(tmp_path, "guarded")
+    readers = [psutil.Process(int(pid)) for pid in running.stdout.readline().split()]
+    assert len(readers) == 2
+    if name == "SIGINT":  # as Ctrl-C, to all of them
+        os.killpg(running.pid, signal.SIGINT)
+    else:
+        running.send_signal(getattr(signal, name))
+    _, errors = running.communicate(timeout=SECONDS)
+    assert psutil.wait_procs(readers, timeout=SECONDS)[1] == []
+    assert errors.count("Traceback") == (name == "SIGINT")  # of the one that asks alone
+
+
+def test_a_script_that_starts_itself_again_is_told(tmp_path):
+    _, errors = start(tmp_path, "unguarded").communicate(timeout=SECONDS)
+    assert 'if __name__ == "__main__":' in errors and "ImportError" in errors and "--readers 0" in errors

@@ -1,0 +1,31 @@
+"""``madad``, but torchrun gets SIGTERM in the denoiser's sixth step, as from a scheduler."""
+
+import os
+import signal
+import sys
+import time
+
+import torch.distributed as dist
+
+from madad import cli
+from madad._distributed import leads
+from madad.training import Trainer, graceful_stop
+
+step = Trainer._step
+
+
+def interrupted(trainer, run, task):
+    if task.stage == "denoiser" and run.step == 5 and not leads():
+        os.kill(os.getppid(), signal.SIGTERM)
+        with graceful_stop() as stop:  # that of the fit
+            while stop.signal is None:
+                time.sleep(0.01)
+    step(trainer, run, task)
+
+
+if __name__ == "__main__":
+    Trainer._step = interrupted
+    dist.init_process_group("gloo")  # a group that is there already serves as well
+    status = cli.main(sys.argv[1:])
+    dist.destroy_process_group()
+    sys.exit(status)

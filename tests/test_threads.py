@@ -1,0 +1,47 @@
+"""Workers of joblib and dask share the cores: together they have no more threads than there are cores."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import joblib
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import sys
+import joblib, numpy, torch
+from madad.testing import tiny_detector
+
+def threads(seed):
+    tiny_detector().fit(numpy.random.default_rng(seed).uniform(0.1, 1, (8, 16, 16)))
+    return torch.get_num_threads()
+
+def in_workers():
+    return joblib.Parallel(n_jobs=2)(joblib.delayed(threads)(i) for i in range(4))
+
+if __name__ == "__main__":
+    if sys.argv[1] == "loky":
+        print(*in_workers())
+    else:
+        from distributed import Client, LocalCluster
+        with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster:
+            with Client(cluster), joblib.parallel_config(backend="dask"):
+                print(*in_workers())
+"""
+
+
+@pytest.mark.parametrize("backend", ["loky", "dask"])
+def test_two_workers_have_no_more_threads_than_there_are_cores(backend, tmp_path):
+    if backend == "dask":
+        pytest.importorskip("distributed", reason='distributed is missing: pip install "madad[dask]"')
+    (tmp_path / "script.py").write_text(SCRIPT)
+    chosen = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # left to the backend here
+    environment = {name: value for name, value in os.environ.items() if name not in chosen}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-W", "error", tmp_path / "script.py", backend]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    found = list(map(int, ran.stdout.split()))
+    assert len(found) == 4 and 1 <= min(found) and max(found) <= max(1, joblib.cpu_count() // 2)
