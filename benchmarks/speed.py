@@ -41,10 +41,16 @@ from madad import LatentAutoencoder, MaskedDiffusionAnomalyDetector, __version__
 from madad._tensors import inference
 from madad.datasets import make_brain_slices
 from madad.denoising import train_denoiser
+from madad.presets import PRESETS
 from madad.training import Trainer
 
 SIDES = {"small": 128, "XS": 256, "L": 256}
 FLAGGED_SHARE = 0.15
+VARIANTS = {
+    "bfloat16": {"precision": "bfloat16"},
+    "compiled": {"compile": True},
+    "compiled, bfloat16": {"precision": "bfloat16", "compile": True},
+}
 
 
 def main() -> None:
@@ -80,9 +86,10 @@ def quick(device: str) -> dict:
 
 def everything(device: str) -> dict:
     """All tables and curves."""
-    small = inference_of("small", device, n=100, repeats=5, variants=True)
-    xs = inference_of("XS", device, n=20, repeats=2, variants=True)
-    large = inference_of("L", device, n=20 if device != "cpu" else 7, repeats=1, variants=device != "cpu")
+    few, on_gpu = ("bfloat16",), torch.device(device).type == "cuda"
+    small = inference_of("small", device, n=100, repeats=4, variants=tuple(VARIANTS))
+    xs = inference_of("XS", device, n=100 if on_gpu else 12, repeats=1, variants=few)
+    large = inference_of("L", device, n=100 if on_gpu else 4, repeats=1, batched=on_gpu, variants=few)
     training = training_of("XS", device, batch_size=8, n_steps=4)
     measured = joined(device, [small, xs, large], training, memory_of())
     return measured | {
@@ -136,11 +143,12 @@ def machine(device: str) -> dict:
 
 
 def inference_of(
-    size: str, device: str, *, n: int, repeats: int, batched: bool = True, variants: bool = False
+    size: str, device: str, *, n: int, repeats: int, batched: bool = True, variants: tuple[str, ...] = ()
 ) -> dict:
     """Maps of ``n`` slices, a share of them flagged: ours and the reference's."""
     images = slices(n, SIDES[size])
-    detector = flagging(detector_of(size, device), images, FLAGGED_SHARE)
+    detector = detector_of(size, device)
+    images = flagged(detector, images)
     detector.predict_maps(images[:1])
     (ours, maps), peak = timed(lambda: detector.predict_maps(images), device, repeats), peak_mb()
     reference, expected = timed(lambda: published_maps(detector, images), device, max(1, repeats // 2))
@@ -160,15 +168,10 @@ def inference_of(
             lambda: published_maps(detector, images, PUBLISHED_BATCH), device, max(1, repeats // 2)
         )[0]
         row |= {"reference_slices_per_second_batched": n / together, "ratio_batched": together / ours}
-    if variants:
-        row["variants"] = {
-            name: _variant(detector, images, device, repeats, maps, reference, **parameters)
-            for name, parameters in {
-                "bfloat16": {"precision": "bfloat16"},
-                "compiled": {"compile": True},
-                "compiled, bfloat16": {"precision": "bfloat16", "compile": True},
-            }.items()
-        }
+    row["variants"] = {
+        name: _variant(detector, images, device, repeats, maps, reference, **VARIANTS[name])
+        for name in variants
+    }
     return row
 
 
@@ -224,7 +227,8 @@ def stages_of(size: str, device: str) -> list[dict]:
 def profile_of(size: str, device: str, n_named: int = 8) -> dict[str, float]:
     """Shares of the time that mapping 32 slices takes: PyTorch's operations, and all that is not one."""
     images = slices(32, SIDES[size])
-    detector = flagging(detector_of(size, device), images, FLAGGED_SHARE)
+    detector = detector_of(size, device)
+    images = flagged(detector, images)
     detector.predict_maps(images)
     started = time.perf_counter()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -242,7 +246,7 @@ def curves(device: str) -> dict:
     """Cost against the number of slices, their size and the number of steps, of the small preset."""
     by_number, by_side, by_step = {}, {}, {}
     detector, images = detector_of("small", device), slices(1000, 128)
-    flagging(detector, images[:100], FLAGGED_SHARE)
+    images = np.resize(flagged(detector, images[:100]), images.shape)
     for n in (1, 10, 100, 1000):
         by_number[n] = timed(lambda n=n: detector.predict_maps(images[:n]), device, 2)[0]
     for steps in (1, 2, 5, 10, 20, 50):
@@ -251,7 +255,7 @@ def curves(device: str) -> dict:
         by_step[steps] = timed(lambda: detector.predict_maps(images[:32]), device, 2)[0] / 32
     for side in (64, 96, 128, 192, 256, 384, 512):
         detector, images = detector_of("small", device, side), slices(16, side)
-        flagging(detector, images, FLAGGED_SHARE)
+        images = flagged(detector, images)
         by_side[side] = timed(lambda d=detector, x=images: d.predict_maps(x), device, 2)[0] / 16
     return {
         "seconds_by_slices": by_number,
@@ -297,42 +301,39 @@ def _training_rate(detector, images, batch_size: int, n_steps: int, precision: s
     return max(record["samples_per_second"] for record in history)
 
 
-def memory_of() -> dict:
+def memory_of(preset: str, uses: tuple[str, ...]) -> dict:
     """Peak resident megabytes of processes that map, or fit to, 100 and 10,000 slices of a memory map."""
-    peaks = {}
-    for what in ("predict", "fit"):
+    peaks, ratios = {}, {}
+    for use in uses:
         for n in (100, 10_000):
-            command = [sys.executable, "-m", "benchmarks.speed", "--peak", what, str(n)]
+            command = [sys.executable, "-m", "benchmarks.speed", "--peak", use, preset, str(n)]
             here = Path(__file__).resolve().parents[1]
             ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=here)
-            peaks[f"{what}_{n}"] = json.loads(ran.stdout.splitlines()[-1])
-    predict = peaks["predict_10000"]["peak_mb"] / peaks["predict_100"]["peak_mb"]
-    beside_cache = [peaks[f"fit_{n}"]["peak_mb"] - peaks[f"fit_{n}"]["cache_mb"] for n in (10_000, 100)]
-    return {
-        "peaks": peaks,
-        "predict_ratio": predict,
-        "fit_ratio_beside_cache": beside_cache[0] / beside_cache[1],
-    }
+            peaks[f"{use}_{n}"] = json.loads(ran.stdout.splitlines()[-1])
+        few, many = (peaks[f"{use}_{n}"] for n in (100, 10_000))
+        ratios[f"{use}_ratio"] = (many["peak_mb"] - many["cache_mb"]) / (few["peak_mb"] - few["cache_mb"])
+    return {"preset": preset, "side": SIDES["small"], "peaks": peaks, **ratios}
 
 
-def peak_of(what: str, n: int) -> dict:
+def peak_of(use: str, preset: str, n: int) -> dict:
     """In a process of its own: slices on disk, and the peak of memory while they are used."""
-    side, hundred = 128, slices(100, 128)
-    detector = detector_of("small", "cpu", side) if what == "predict" else _small(side)
+    side, hundred, cache = SIDES["small"], slices(100, SIDES["small"]), 0.0
+    detector = trained_briefly(preset)
+    if use == "predict":
+        detector.fit(hundred[:24]).set_params(mask_threshold=1.0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "slices"
         with path.open("wb") as file:
             for start in range(0, n, len(hundred)):
                 file.write(hundred[: n - start].tobytes())
         images = np.memmap(path, np.float32, "r", shape=(n, side, side))
-        if what == "predict":
-            detector.set_params(mask_threshold=1.0).predict_maps(images)
-            cache = 0.0
+        if use == "predict":
+            detector.predict_maps(images)
         else:
             detector.fit(images)
             channels, height, width = detector.autoencoder_.latent_shape_
-            trained_on = n - len(detector.calibration_rows_)
-            cache = 4 * 2 * trained_on * (2 * channels + 1) * height * width / 2**20  # with mirror images
+            trained_on = 2 * (n - len(detector.calibration_rows_))  # with mirror images
+            cache = 4 * trained_on * (2 * channels + 1) * height * width / 2**20
     return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "cache_mb": cache}
 
 
@@ -342,11 +343,12 @@ def slices(n: int, side: int) -> np.ndarray:
     return np.resize(made, (n, side, side))
 
 
-def _small(side: int) -> MaskedDiffusionAnomalyDetector:
+def trained_briefly(preset: str) -> MaskedDiffusionAnomalyDetector:
+    """A preset's detector, to be fitted in two steps."""
     few = {"max_steps": 2, "precision": "float32"}
-    first = LatentAutoencoder(trainer=Trainer(**few))
+    first = LatentAutoencoder(PRESETS[preset]["autoencoder"], trainer=Trainer(**few))
     return MaskedDiffusionAnomalyDetector(
-        "small", autoencoder=first, trainer=Trainer(**few), device="cpu", random_state=0
+        preset, autoencoder=first, trainer=Trainer(**few), device="cpu", random_state=0
     )
 
 
@@ -354,7 +356,7 @@ def detector_of(size: str, device: str, side: int | None = None) -> MaskedDiffus
     """A detector whose networks have a size, after two steps of training."""
     side = side or SIDES[size]
     if size == "small":
-        return _small(side).fit(slices(24, side)).set_params(device=device)
+        return trained_briefly("small").fit(slices(24, side)).set_params(device=device)
     one = Trainer(max_steps=1, batch_size=1, precision="float32")
     detector = MaskedDiffusionAnomalyDetector(
         "original",
@@ -370,17 +372,22 @@ def detector_of(size: str, device: str, side: int | None = None) -> MaskedDiffus
     return detector.set_params(device=device)
 
 
-def flagging(detector, images: np.ndarray, share: float) -> MaskedDiffusionAnomalyDetector:
-    """Put the mask threshold where a share of the slices has flagged positions."""
+def flagged(detector: MaskedDiffusionAnomalyDetector, images: np.ndarray) -> np.ndarray:
+    """Put the mask threshold where about `FLAGGED_SHARE` of the slices have flagged positions.
+
+    The slices are given back in the order of their largest f_M: flagged ones are neighbours, as in a volume.
+    """
     detector.set_params(mask_threshold=1.0)
     repaints = detector._map_settings()["repaint"] > 0
-    highest = []
-    for batch in detector._restore_batches(detector._check_slices(images, None), decode="nothing"):
-        f_m = batch.noise_probability
-        highest += list((f_m.mean(axis=0) if repaints else f_m.max(axis=0)).max(axis=(1, 2, 3)))
-    n_flagged = max(1, round(share * len(highest)))
-    below, above = np.sort(highest)[-n_flagged - 1], np.sort(highest)[-n_flagged]
-    return detector.set_params(mask_threshold=float((below + above) / 2))
+    n_flagged = max(1, round(FLAGGED_SHARE * len(images)))
+    for _ in range(3 if repaints else 1):  # what is flagged at one step is moved, and f_M changes at the next
+        largest: list[float] = []
+        for batch in detector._restore_batches(detector._check_slices(images, None), decode="nothing"):
+            f_m = batch.noise_probability
+            largest += list((f_m.mean(axis=0) if repaints else f_m.max(axis=0)).max(axis=(1, 2, 3)))
+        below, above = np.sort(largest)[-n_flagged - 1 :][:2]
+        detector.set_params(mask_threshold=float((below + above) / 2))
+    return images[np.argsort(largest)]
 
 
 def timed(call, device: str, repeats: int) -> tuple[float, np.ndarray]:

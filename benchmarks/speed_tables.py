@@ -69,7 +69,7 @@ def _training_and_memory(measured: dict) -> list[str]:
         f"at each step {rate['reference_slices_per_second']}; ratio {rate['ratio']} (bfloat16 "
         f"{rate['ratio_bfloat16']})",
         f"peak memory, 10,000 slices over 100: predict_maps {memory['predict_ratio']:.2f}, fit without its "
-        f"cache {memory['fit_ratio_beside_cache']:.2f}; {peaks}",
+        f"cache {memory['fit_ratio']:.2f}; {peaks}",
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 import weakref
 from dataclasses import dataclass, replace
@@ -132,6 +133,7 @@ def cache_latents(
     generator: torch.Generator,
     directory=None,
     team: Team = ALONE,
+    verbose: bool = False,
 ) -> LatentCache:
     """Encode slices, with ``flip`` their left-right mirror images too, and augmented copies of both.
 
@@ -148,6 +150,8 @@ def cache_latents(
     team : Team
         Each process encodes its share and has all. Augmented copies, whose draws follow one another, each
         makes itself.
+    verbose : bool
+        Say beforehand how large the cache becomes, and where it is.
 
     Returns
     -------
@@ -160,13 +164,23 @@ def cache_latents(
     versions = [(mirrored, copy) for mirrored in range(1 + flip) for copy in range(1 + n_copies)]
     channels, height, width = autoencoder.latent_shape_
     shapes = [(len(versions) * len(stack), depth, height, width) for depth in (channels, channels, 1)]
-    if directory is not None and 4 * sum(map(math.prod, shapes)) > LARGE_CACHE:
+    n_bytes = 4 * sum(map(math.prod, shapes))
+    on_disk = directory is not None and n_bytes > LARGE_CACHE
+    if verbose and team.rank == 0:
+        place = f"on disk, below {directory}" if on_disk else f"in memory ({device})"
+        print(
+            f"latents of {len(stack)} slices, {len(versions)} of each: {n_bytes / 2**20:.1f} MiB {place}",
+            file=sys.stderr,
+        )
+    if on_disk:
         cache = LatentCache(*(RowsOnDisk(directory, shape, device) for shape in shapes))
     else:
         cache = LatentCache(*(torch.empty(shape, device=device) for shape in shapes))
     shares = team.shares(len(stack))
     own = shares[team.rank] if augmentation is None else range(len(stack))
-    batch_size = -int(team.highest(-autoencoder.batch_size_of(device))[0])  # draws go by batches
+    batch_size = autoencoder.batch_size_of(device)
+    if augmentation is not None:  # its draws go by batches, which must not depend on a GPU's free memory
+        batch_size = autoencoder.batch_size or default_batch_size(*stack.image_shape[1:])
     with inference(autoencoder.network_):
         for places, n_valid in fixed_batches(len(own), batch_size):
             index = own.start + places
@@ -265,7 +279,7 @@ def train_denoiser(
     generator = generator_from(seed)
     train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, seed)
     team = join(resolve_device(autoencoder.device))
-    caching = {"generator": generator, "directory": cache_directory, "team": team}
+    caching = {"verbose": verbose, "generator": generator, "directory": cache_directory, "team": team}
     cache = cache_latents(autoencoder, stack.subset(train), flip=flip, augmentation=augmentation, **caching)
     validation = None
     if len(held_out):

@@ -44,6 +44,7 @@ HOUSEKEEPING = (
     "precision",
     "channels_last",
     "compile",
+    "activation_checkpointing",
 )
 
 
@@ -559,10 +560,10 @@ def _unless_stopped(result, task: FitTask):
 
 
 def _decisive(trainer: Trainer | None) -> dict | None:
-    """A trainer's parameters without those that decide only where and when it writes."""
+    """A trainer's parameters without those that do not decide what is learnt."""
     if trainer is None:
         return None
-    apart = ("checkpoint_dir", "checkpoint_every_s", "resume")
+    apart = ("checkpoint_dir", "checkpoint_every_s", "resume", "activation_checkpointing")
     return {name: value for name, value in trainer.get_params().items() if name not in apart}
 
 

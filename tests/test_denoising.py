@@ -171,6 +171,19 @@ def test_only_a_large_cache_with_a_place_goes_to_a_file(autoencoder, tmp_path, m
     assert isinstance(cache_latents(autoencoder, STACK, directory=tmp_path, **options).mean, torch.Tensor)
 
 
+def test_the_size_of_the_cache_is_said_beforehand_if_asked_for(autoencoder, tmp_path, monkeypatch, capsys):
+    for directory, place in ((None, "in memory (cpu)"), (tmp_path, f"on disk, below {tmp_path}")):
+        monkeypatch.setattr("madad.denoising.LARGE_CACHE", 0)
+        options = {"flip": True, "generator": seeded(), "directory": directory}
+        cache = cache_latents(autoencoder, STACK, verbose=True, **options)
+        parts = (cache.mean, cache.logvar, cache.brain_fraction)
+        mebibytes = sum(4 * np.prod(part.shape) for part in parts) / 2**20
+        said = capsys.readouterr().err
+        assert said == f"latents of 10 slices, 2 of each: {mebibytes:.1f} MiB {place}\n"
+        cache_latents(autoencoder, STACK, **options)
+        assert capsys.readouterr().err == ""
+
+
 def test_training_from_a_file_is_bitwise_that_from_memory(autoencoder, tmp_path, all_large):
     options = {"validation_fraction": 0.2, "max_epochs": 2}
     here, history = train(autoencoder, **options)

@@ -8,9 +8,26 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
-class ResidualBlock(nn.Module):
+class RecomputedBlock(nn.Module):
+    """A block that can be told to forget its activations until the backward pass needs them again.
+
+    Subclasses implement ``compute``. With ``recompute`` training takes less memory and about a third more
+    time; gradients are the same bits.
+    """
+
+    recompute = False
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """`compute`, once or, while training with ``recompute``, twice."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(self.compute, *inputs, use_reentrant=False)
+        return self.compute(*inputs)
+
+
+class ResidualBlock(RecomputedBlock):
     """Norm, SiLU, 3x3 convolution, twice, beside a shortcut; optionally shifted by a time embedding.
 
     Parameters
@@ -45,7 +62,7 @@ class ResidualBlock(nn.Module):
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+    def compute(self, x: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """(batch, in_channels, h, w) -> (batch, out_channels, h, w)."""
         hidden = self.conv1(F.silu(self.norm1(x)))
         if self.time is not None:
@@ -54,7 +71,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + hidden
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(RecomputedBlock):
     """Residual multi-head attention of every position to every other one.
 
     ``qkv`` keeps queries, keys and values in three blocks, each ordered by head; foreign weights are
@@ -73,7 +90,7 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """(batch, channels, h, w) -> the same shape."""
         batch, channels, h, w = x.shape
         qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.n_heads, channels // self.n_heads, h * w)

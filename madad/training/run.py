@@ -106,11 +106,18 @@ class TrainingRun:
             for group in optimiser.param_groups:
                 group["lr"] = rate
 
-    def descend(self, role: str, value: Tensor, gradient_clip: float | None) -> None:
-        """One step of one optimiser down the gradient of its loss."""
+    def forget_gradients(self) -> None:
+        """Begin a step."""
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
+
+    def backward(self, role: str, value: Tensor) -> None:
+        """Add the gradient of a loss to that of one network, and to no other that it goes through."""
+        value.backward(inputs=self.optimisers[role].param_groups[0]["params"])
+
+    def descend(self, role: str, gradient_clip: float | None) -> None:
+        """One step of one optimiser down the gradients that were added up."""
         optimiser = self.optimisers[role]
-        optimiser.zero_grad(set_to_none=True)
-        value.backward()
         self.share.average_gradients(optimiser.param_groups[0]["params"])
         if gradient_clip is not None:
             nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], gradient_clip)
@@ -272,6 +279,19 @@ def channels_last(networks: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.data = weight.data.contiguous()
+
+
+@contextmanager
+def recomputing(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Have blocks that can (those with an attribute ``recompute``) forget their activations for a while."""
+    blocks = [part for network in networks for part in network.modules() if hasattr(part, "recompute")]
+    try:
+        for block in blocks:
+            setattr(block, "recompute", True)  # noqa: B010 - mypy takes attributes of modules for tensors
+        yield
+    finally:
+        for block in blocks:
+            delattr(block, "recompute")  # that of its class is left
 
 
 def peak_memory_mib(device: torch.device) -> float | None:

@@ -20,13 +20,17 @@ from madad._distributed import join
 from madad._random import isolated_seed
 from madad.training.callbacks import TrainingState
 from madad.training.checkpoint import CheckpointFile, fingerprint
-from madad.training.run import TrainingRun, channels_last, peak_memory_mib
+from madad.training.run import TrainingRun, channels_last, peak_memory_mib, recomputing
 from madad.training.stopping import StopRequest, graceful_stop
 
 CLOCKS = ("wall", "cpu")
 PRECISIONS = ("auto", "float32", "bfloat16")
 VALIDATION_SEED = 0
-NOT_DECISIVE = ("checkpoint_dir", "checkpoint_every_s", "resume", "callbacks")
+NOT_DECISIVE = (
+    *("checkpoint_dir", "checkpoint_every_s", "resume", "callbacks"),
+    "activation_checkpointing",
+)
+_LOSS_NAMES = {"module": "loss", "rival": "rival_loss"}
 Loss = Callable[[nn.Module, Tensor, torch.Generator, int], tuple[Tensor, dict[str, Tensor]]]
 RivalLoss = Callable[[nn.Module, Tensor, torch.Generator, int], tuple[Tensor, dict[str, Tensor]] | None]
 
@@ -148,6 +152,8 @@ class Trainer(BaseEstimator):
         callbacks=(),
         compile: bool = False,
         channels_last: bool = False,
+        accumulate: int = 1,
+        activation_checkpointing: bool = False,
     ):
         self.max_epochs = max_epochs
         self.max_steps = max_steps
@@ -169,6 +175,8 @@ class Trainer(BaseEstimator):
         self.callbacks = callbacks
         self.compile = compile
         self.channels_last = channels_last
+        self.accumulate = accumulate
+        self.activation_checkpointing = activation_checkpointing
 
     def optimise(
         self,
@@ -205,7 +213,7 @@ class Trainer(BaseEstimator):
         rival : nn.Module or None
             Trained alternately with the module, as a discriminator is, with an optimiser of its own.
         rival_loss : callable (rival, index, generator, step) -> (loss, parts) or None
-            Called after each step of the module, with the same batch and step; None = no step of the rival.
+            Called after each ``loss``, with the same samples and step; None = no step of the rival.
         validation_loss : callable (module, index, generator, step) -> (loss, parts)
             ``index`` counts the validation samples. The averaged weights are validated, with the same draws
             each time; the module ends with those that did best.
@@ -267,7 +275,11 @@ class Trainer(BaseEstimator):
         )
         team = join(next(module.parameters()).device)
         networks = [network for network in (module, rival) if network is not None]
-        with graceful_stop() as stop, channels_last(networks if self.channels_last else ()):
+        with (
+            graceful_stop() as stop,
+            channels_last(networks if self.channels_last else ()),
+            recomputing(networks if self.activation_checkpointing else ()),
+        ):
             run = TrainingRun(
                 module,
                 rival,
@@ -309,6 +321,10 @@ class Trainer(BaseEstimator):
             )
         if self.clock not in CLOCKS:
             raise ValueError(f"clock must be one of {CLOCKS}, got {self.clock!r}. Use 'wall'.")
+        if not (isinstance(self.accumulate, Integral) and int(self.accumulate) > 0):
+            raise ValueError(
+                f"accumulate must be a whole number above 0, got {self.accumulate!r}. 1 is none."
+            )
         for name in ("max_epochs", "max_steps", "batch_size", "max_time"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -352,7 +368,7 @@ class Trainer(BaseEstimator):
             raise TypeError(
                 f"callbacks must be a tuple of callables, got {self.callbacks!r}. Give (callback,)."
             )
-        for name in ("compile", "channels_last"):
+        for name in ("compile", "channels_last", "activation_checkpointing"):
             if getattr(self, name) not in (True, False):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}. Use False.")
 
@@ -432,19 +448,27 @@ class Trainer(BaseEstimator):
             run.order = torch.randperm(task.n_samples, generator=run.generator)
         index = run.share.of(run.order[place * task.batch_size : (place + 1) * task.batch_size])
         run.set_learning_rate(self._learning_rate(self._progress(run, task)))
+        run.forget_gradients()
+        losses: dict[str, tuple[nn.Module, RivalLoss]] = {"module": (task.forward, task.loss)}
+        if task.rival_loss is not None:
+            losses["rival"] = (run.networks["rival"], task.rival_loss)
+        terms: dict[str, Tensor] = {}
         with run.share.draws(run.step) as generator:
-            with task.autocast(run.device):
-                value, parts = task.loss(task.forward, index, generator, run.step)
-            run.descend("module", value, self.gradient_clip)
-            run.average.update(run.step)
-            run.add({"loss": value.detach(), **parts})
-            if task.rival_loss is not None:
-                with task.autocast(run.device):
-                    answer = task.rival_loss(run.networks["rival"], index, generator, run.step)
-                if answer is not None:
-                    value, parts = answer
-                    run.descend("rival", value, self.gradient_clip)
-                    run.add({"rival_loss": value.detach(), **parts})
+            for part in index.tensor_split(min(self.accumulate, len(index))):
+                weight = len(part) / len(index)
+                for role, (network, loss) in losses.items():
+                    with task.autocast(run.device):
+                        answer = loss(network, part, generator, run.step)
+                    if answer is not None:
+                        value, parts = answer
+                        run.backward(role, weight * value)
+                        parts = {_LOSS_NAMES[role]: value.detach(), **parts}
+                        terms |= {name: terms.get(name, 0.0) + weight * term for name, term in parts.items()}
+        for role in losses:
+            if _LOSS_NAMES[role] in terms:
+                run.descend(role, self.gradient_clip)
+        run.average.update(run.step)
+        run.add(terms)
         run.step += 1
 
     def _record(self, run: TrainingRun, task: _Task) -> None:

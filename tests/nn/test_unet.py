@@ -33,6 +33,21 @@ def test_parameter_counts_are_the_published_ones(size, millions):
     assert round(n_parameters / 1e6, 1) == millions
 
 
+def test_activation_checkpointing_gives_the_same_gradients_bit_by_bit():
+    gradients = []
+    for again in (False, True):
+        unet = network(replace(CONFIGS["attention"], dropout=0.3)).train()
+        for part in unet.modules():
+            if hasattr(part, "recompute"):
+                part.recompute = again
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            z0_hat, logit = unet(random_tensor(2, 2, 8, 8), torch.tensor([1, 5]))
+        (z0_hat.square().sum() + logit.sum()).backward()
+        gradients.append([parameter.grad for parameter in unet.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("size", UNET_SIZES)
 def test_every_size_divides_into_heads_and_groups(size):
     config = UNET_SIZES[size]

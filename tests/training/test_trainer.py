@@ -20,6 +20,7 @@ from torch import nn
 
 import madad.training.trainer
 from madad._random import isolated_seed
+from madad.nn.layers import RecomputedBlock
 from madad.training import TensorBoard, Trainer, TrainingState, TrainingStoppedWarning, graceful_stop
 
 PLAIN = {"warmup_fraction": 0.0, "ema_decay": 0.0, "weight_decay": 0.0, "gradient_clip": None}
@@ -249,12 +250,14 @@ def test_gradient_clip_bounds_the_norm():
     norms = []
 
     def loss(module, index, generator, step):
-        if module.weight.grad is not None:  # that of the last step, as the optimiser saw it
-            norms.append(torch.cat([p.grad.flatten() for p in module.parameters()]).norm())
         return 1000 * squared_error(module, index, generator, step)[0], {}
 
+    def note(state):  # the gradient of the last step, as the optimiser saw it
+        norms.append(torch.cat([p.grad.flatten() for p in state.module.parameters()]).norm())
+
     for clip in (0.5, None):
-        train(Trainer(5, batch_size=8, gradient_clip=clip), line(), loss)
+        train(Trainer(5, batch_size=8, gradient_clip=clip, callbacks=(note,)), line(), loss)
+        assert len(norms) == 5
         assert (max(norms) <= 0.5 + 1e-5) if clip else (min(norms) > 10)
         norms.clear()
 
@@ -322,8 +325,60 @@ def test_clone_and_parameters():
         *("max_epochs", "max_steps", "max_time", "clock", "batch_size", "learning_rate"),
         *("weight_decay", "warmup_fraction", "ema_decay", "gradient_clip", "precision"),
         *("validation_fraction", "validate_every", "patience", "checkpoint_dir", "checkpoint_every_s"),
-        *("resume", "callbacks", "compile", "channels_last"),
+        *("resume", "callbacks", "compile", "channels_last", "accumulate", "activation_checkpointing"),
     }
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7, 100])
+def test_a_batch_in_parts_is_the_same_step(parts):
+    sizes = []
+
+    def loss(module, index, generator, step):
+        sizes.append(len(index))
+        return squared_error(module, index, generator, step)[0], {
+            "squared": squared_error(module, index, 0, 0)[0].detach()
+        }
+
+    def rival_loss(rival, index, generator, step):
+        return squared_error(rival, index, generator, step)[0], {}
+
+    ends = []
+    for accumulate in (1, parts):
+        rival = line()
+        trainer = Trainer(3, batch_size=7, accumulate=accumulate, **PLAIN)
+        module, history = train(trainer, loss=loss, rival=rival, rival_loss=rival_loss)
+        ends.append(
+            (weights(module), weights(rival), [(r["loss"], r["squared"], r["rival_loss"]) for r in history])
+        )
+    for one, in_parts in zip(*ends, strict=True):
+        np.testing.assert_allclose(one, in_parts, rtol=2e-5, atol=1e-6)
+    steps = 3 * (N // 7)
+    assert sizes[:steps] == [7] * steps
+    assert len(sizes) == steps * (1 + min(parts, 7)) and sum(sizes[steps:]) == 7 * steps
+
+
+def test_activation_checkpointing_computes_blocks_again_and_changes_no_bit():
+    class Block(RecomputedBlock):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def compute(self, x):
+            Block.calls += 1
+            return torch.dropout(torch.tanh(self.linear(x)), 0.3, self.training)
+
+    ends = []
+    for again in (False, True):
+        Block.calls = 0
+        with isolated_seed(3):
+            module = nn.Sequential(Block(), nn.Linear(3, 1))
+            trained, _ = train(Trainer(2, batch_size=8, activation_checkpointing=again), module)
+        ends.append(weights(trained))
+        assert Block.calls == 6 * (1 + again)
+        assert not module[0].recompute  # as before
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -357,6 +412,8 @@ def test_a_loss_that_is_not_finite_is_an_error(value):
         *[("checkpoint_every_s", value) for value in (-1, math.nan)],
         *[("resume", value) for value in (True, "always", None)],
         *[(name, value) for name in ("compile", "channels_last") for value in (None, "yes")],
+        ("activation_checkpointing", "yes"),
+        *[("accumulate", value) for value in (0, -1, 1.5, None)],
         *[("gradient_clip", value) for value in (0, -1.0, math.nan)],
         *[("precision", value) for value in ("float16", None)],
     ],
