@@ -60,10 +60,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the numbers")
     parser.add_argument("--plot", type=Path, help="draw what such a file holds, and measure nothing")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--peak", nargs=2, metavar=("WHAT", "N"), help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=3, metavar=("USE", "PRESET", "N"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
-        print(json.dumps(peak_of(options.peak[0], int(options.peak[1]))))
+        use, preset, n = options.peak
+        print(json.dumps(peak_of(use, preset, int(n))))
         return
     if options.plot:
         print(plot(options.plot))
@@ -80,18 +81,17 @@ def quick(device: str) -> dict:
     small = inference_of("small", device, n=100, repeats=3)
     xs = inference_of("XS", device, n=8, repeats=1, batched=False)
     training = training_of("XS", device, batch_size=4, n_steps=2)
-    memory = memory_of()
-    return joined(device, [small, xs], training, memory)
+    return joined(device, [small, xs], training, memory_of("tiny", ("predict",)))
 
 
 def everything(device: str) -> dict:
     """All tables and curves."""
     few, on_gpu = ("bfloat16",), torch.device(device).type == "cuda"
     small = inference_of("small", device, n=100, repeats=4, variants=tuple(VARIANTS))
-    xs = inference_of("XS", device, n=100 if on_gpu else 12, repeats=1, variants=few)
+    xs = inference_of("XS", device, n=100 if on_gpu else 8, repeats=1, variants=few)
     large = inference_of("L", device, n=100 if on_gpu else 4, repeats=1, batched=on_gpu, variants=few)
     training = training_of("XS", device, batch_size=8, n_steps=4)
-    measured = joined(device, [small, xs, large], training, memory_of())
+    measured = joined(device, [small, xs, large], training, memory_of("small", ("predict", "fit")))
     return measured | {
         "stages": [row for size in SIDES for row in stages_of(size, device)],
         "profile": profile_of("small", device),
@@ -172,6 +172,7 @@ def inference_of(
         name: _variant(detector, images, device, repeats, maps, reference, **VARIANTS[name])
         for name in variants
     }
+    print(f"{size}: {json.dumps(row)}", file=sys.stderr, flush=True)  # long runs show what they have
     return row
 
 
@@ -334,7 +335,7 @@ def peak_of(use: str, preset: str, n: int) -> dict:
             channels, height, width = detector.autoencoder_.latent_shape_
             trained_on = 2 * (n - len(detector.calibration_rows_))  # with mirror images
             cache = 4 * trained_on * (2 * channels + 1) * height * width / 2**20
-    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "cache_mb": cache}
+    return {"peak_mb": peak_mb(), "cache_mb": cache}
 
 
 def slices(n: int, side: int) -> np.ndarray:
@@ -415,8 +416,14 @@ def synchronize(device: str) -> None:
 
 
 def peak_mb() -> float:
-    """Peak of the process's memory since it began."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak of the process's memory since it began.
+
+    Not ``ru_maxrss``, which on Linux begins with what the process that started this one had.
+    """
+    own = next((line for line in _lines("/proc/self/status") if line.startswith("VmHWM")), None)
+    if own is None:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return int(own.split()[1]) / 1024
 
 
 def _lines(path: str) -> list[str]:

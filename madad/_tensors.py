@@ -22,6 +22,7 @@ MAX_BATCH = 32  # of training
 PIXELS_PER_BATCH = 2**20
 MAX_FORWARD_BATCH = {"cpu": 16, "cuda": 256}
 FORWARD_PIXELS_ON_CPU = 2**18
+FORWARD_BYTES_ON_CPU = 2**28
 FREE_MEMORY_SHARE = 0.5
 FORWARD_PRECISIONS = ("float32", "bfloat16")
 
@@ -59,8 +60,9 @@ def forward_batch_size(height: int, width: int, device: torch.device, bytes_per_
 
     A power of two, because vectorised kernels round the few values that are left over at the end of an array
     differently: a slice's result would depend on its place in the batch. On a CPU, where more slices at once
-    than a few do not pay, it depends on nothing but the slice's size, so that results do not depend on the
-    machine's load; on a GPU it is as many as half of the free memory holds.
+    than a few do not pay, and of large networks more than one, it depends on nothing but the network and the
+    slice's size, so that results do not depend on the machine's load; on a GPU it is as many as half of the
+    free memory holds.
 
     Parameters
     ----------
@@ -74,7 +76,7 @@ def forward_batch_size(height: int, width: int, device: torch.device, bytes_per_
         free, _ = torch.cuda.mem_get_info(device)
         fitting = int(FREE_MEMORY_SHARE * free) // bytes_per_slice
     else:
-        fitting = FORWARD_PIXELS_ON_CPU // (height * width)
+        fitting = min(FORWARD_PIXELS_ON_CPU // (height * width), FORWARD_BYTES_ON_CPU // bytes_per_slice)
     return _power_of_two(min(MAX_FORWARD_BATCH.get(device.type, MAX_BATCH), fitting))
 
 

@@ -22,6 +22,8 @@ from madad._tensors import (
     to_images,
     to_network,
 )
+from madad.nn import AUTOENCODER_SIZES
+from madad.nn.autoencoder import KL_F8
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -149,10 +151,13 @@ def test_fixed_parts_hold_every_row_once_and_are_filled_by_repetition(n, size):
     assert all((part[n_valid:] == part[n_valid - 1]).all() for part, n_valid in parts)
 
 
-def test_forward_batches_on_a_cpu_go_by_the_size_of_the_slice_alone():
+def test_forward_batches_on_a_cpu_go_by_the_sizes_of_slice_and_network_alone():
     cpu = torch.device("cpu")
-    sizes = [forward_batch_size(side, side, cpu, 10**12) for side in (32, 64, 128, 256, 512, 4096)]
+    sizes = [forward_batch_size(side, side, cpu, 1) for side in (32, 64, 128, 256, 512, 4096)]
     assert sizes == [16, 16, 16, 4, 1, 1]
+    assert [forward_batch_size(64, 64, cpu, 2**k) for k in (23, 24, 25, 26, 28, 40)] == [16, 16, 8, 4, 1, 1]
+    fast = AUTOENCODER_SIZES["fast-f4"]
+    assert KL_F8.bytes_per_slice(256, 256) > 2**28 > 16 * fast.bytes_per_slice(128, 128)
 
 
 def test_forward_batches_on_a_gpu_take_half_of_its_free_memory(monkeypatch):
