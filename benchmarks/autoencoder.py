@@ -24,9 +24,9 @@ from sklearn.utils import Bunch
 from benchmarks.protocols import NPZ, at_levels, cropped_to_brains, load_protocol, take
 from benchmarks.tables import write_text
 from madad import LatentAutoencoder, MaskedDiffusionAnomalyDetector, Trainer, __version__
-from madad._hashing import content_hash
+from madad._runtime.hashing import content_hash
 from madad.datasets import load_slices
-from madad.datasets.lesions import paint_lesion
+from madad.datasets.painted_lesions import paint_lesion
 from madad.metrics import auprc, max_dice_per_image, max_dice_pooled
 from madad.presets import PRESETS
 

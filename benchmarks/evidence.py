@@ -55,10 +55,10 @@ from benchmarks.tables import (
     write_text,
 )
 from madad import MaskedDiffusionAnomalyDetector, __version__
-from madad._hashing import content_hash
-from madad.anomaly_map import healthy_threshold
+from madad._runtime.hashing import content_hash
+from madad.base.map_detector import AnomalyMapDetector
+from madad.maps.pooling import healthy_threshold
 from madad.presets import PRESETS
-from madad.scoring import AnomalyMapDetector
 from madad.training import TrainingStoppedWarning
 
 N_SHOWN = 4

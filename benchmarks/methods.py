@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from madad import LatentAutoencoder, MaskedDiffusionAnomalyDetector, Trainer
-from madad.anomaly_map import finish_map, image_map
+from madad.base.map_detector import AnomalyMapDetector
 from madad.baselines import (
     AutoencoderResidual,
     DenoisingAutoencoder,
@@ -21,8 +21,9 @@ from madad.baselines import (
     PartialDiffusion,
     PatchFeatureDistance,
 )
+from madad.maps.differences import image_map
+from madad.maps.smoothing import finish_map
 from madad.presets import PRESETS
-from madad.scoring import AnomalyMapDetector
 
 AUTOENCODER_SHARE = 0.1  # of MAD-AD's time or steps; the rest is the denoiser's
 SMALL_STEPS = 3000  # of each network of this size, where nothing else is said

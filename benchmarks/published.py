@@ -13,9 +13,10 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from madad import MaskedDiffusionAnomalyDetector
-from madad.anomaly_map import GUIDE_VARIANCE, GUIDE_WIDTH, SPREAD_UNIT, SPREAD_WIDTH, smoothing_width
-from madad.denoising import make_objective
 from madad.diffusion import NoiseSchedule
+from madad.maps.differences import SPREAD_UNIT, SPREAD_WIDTH
+from madad.maps.smoothing import GUIDE_VARIANCE, GUIDE_WIDTH, smoothing_width
+from madad.stages.denoiser import make_objective
 
 PUBLISHED_BATCH = 16
 """What the published evaluation script loads at a time if it is not told otherwise."""

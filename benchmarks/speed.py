@@ -38,10 +38,10 @@ from benchmarks.metrics import measure as measure_metrics
 from benchmarks.published import PUBLISHED_BATCH, published_maps, published_training
 from benchmarks.speed_tables import brief, plot, report
 from madad import LatentAutoencoder, MaskedDiffusionAnomalyDetector, __version__
-from madad._tensors import inference
+from madad._runtime.tensors import inference
 from madad.datasets import make_brain_slices
-from madad.denoising import train_denoiser
 from madad.presets import PRESETS
+from madad.stages.denoiser import train_denoiser
 from madad.training import Trainer
 
 SIDES = {"small": 128, "XS": 256, "L": 256}

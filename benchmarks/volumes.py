@@ -74,10 +74,10 @@ def measure(options, path):
 
     from madad.mri import find_brain, read_volume, write_like
     from madad.mri.intensity import correct_bias
-    from madad.mri.preprocessing import VolumePreprocessor
     from madad.mri.registration import mni_template, register_affine
-    from madad.volume_model import VolumeModel
-    from madad.volumes import predict_volume
+    from madad.mri.volume_preprocessor import VolumePreprocessor
+    from madad.volumes.model import VolumeModel
+    from madad.volumes.prediction import predict_volume
 
     model = VolumeModel.load(options.model, "cpu")
     mni_template()  # read once in a cohort

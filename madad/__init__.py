@@ -1,15 +1,42 @@
 """Masked latent diffusion for unsupervised anomaly detection in brain MRI."""
 
-from madad._version import __version__
-from madad.augmentation import SliceAugmentation
-from madad.autoencoding import LatentAutoencoder
-from madad.detector import MaskedDiffusionAnomalyDetector
-from madad.training import Trainer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from madad._runtime.version import __version__
+
+if TYPE_CHECKING:
+    from madad.detector import MaskedDiffusionAnomalyDetector
+    from madad.stages import LatentAutoencoder, SliceAugmentation
+    from madad.training import Trainer
+    from madad.volumes import VolumeModel
 
 __all__ = [
-    "SliceAugmentation",
     "LatentAutoencoder",
     "MaskedDiffusionAnomalyDetector",
+    "SliceAugmentation",
     "Trainer",
+    "VolumeModel",
     "__version__",
 ]
+
+# Loaded when they are asked for (PEP 562), so that one room does not wait for all the others.
+_ROOMS = {
+    "LatentAutoencoder": "madad.stages",
+    "MaskedDiffusionAnomalyDetector": "madad.detector",
+    "SliceAugmentation": "madad.stages",
+    "Trainer": "madad.training",
+    "VolumeModel": "madad.volumes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ROOMS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,27 +13,27 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_memory
 from torch import nn
 
-from madad._callbacks import NO_TASK, CallbackSupport, FitTask, with_callbacks
-from madad._distributed import Team
-from madad._hashing import content_hash
-from madad._tensors import compile_in_place, one_ahead, resolve_device
-from madad._validation import SliceStack
-from madad._version import __version__
-from madad.augmentation import SliceAugmentation
-from madad.autoencoding import LatentAutoencoder, shared_autoencoder
-from madad.denoising import (
+from madad._runtime.distributed import Team
+from madad._runtime.hashing import content_hash
+from madad._runtime.tensors import compile_in_place, one_ahead, resolve_device
+from madad._runtime.version import __version__
+from madad.base.map_detector import AnomalyMapDetector
+from madad.base.sklearn_callbacks import NO_TASK, CallbackSupport, FitTask, with_callbacks
+from madad.base.slice_stack import SliceStack
+from madad.diffusion import CORRUPTIONS, MaskedDDIM, NoiseSchedule, erases
+from madad.maps.recipe import RestoredBatch, decoding_for, maps_of
+from madad.nn import MaskedUNet
+from madad.presets import IMAGE_MAP_KNOBS, INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
+from madad.stages.augmentation import SliceAugmentation
+from madad.stages.autoencoder import LatentAutoencoder, shared_autoencoder
+from madad.stages.denoiser import (
     OBJECTIVE_KNOBS,
     check_denoiser,
     make_objective,
-    train_denoiser,
     what_is_learnt,
 )
-from madad.diffusion import CORRUPTIONS, MaskedDDIM, NoiseSchedule, erases
-from madad.nn import MaskedUNet
-from madad.persistence import NOT_SAVED_OF_TRAINER
-from madad.presets import IMAGE_MAP_KNOBS, INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
-from madad.restoration import RestoredBatch, decoding_for, maps_of, restore_batches
-from madad.scoring import AnomalyMapDetector
+from madad.stages.memory import _CutShort, _decisive, _directory, _fit_autoencoder, _fit_denoiser, _found
+from madad.stages.restoration import restore_batches
 from madad.training import StopRequest, Trainer, TrainingStoppedWarning, graceful_stop
 
 HOUSEKEEPING = (
@@ -110,12 +110,12 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     reference : {"reconstruction", "input"} or None
         What the restored image is compared with: D(E(x)) (the original code) or x (the paper).
     map_difference : {"absolute", "squared", "relative"} or None
-        Of the image map; see `madad.anomaly_map.image_map`.
+        Of the image map; see `madad.maps.image_map`.
     gamma : float or None
         Clip of the image map (not of the others) on the network's scale of -1..1; ``math.inf`` = no clipping.
     smoothing : {"gaussian", "guided"} or None
         A Gaussian over the map (the original code), or the smaller of it and a guided filter, which ends at
-        the edges of the slice; see `madad.anomaly_map.finish_map`.
+        the edges of the slice; see `madad.maps.finish_map`.
     smoothing_px : float or None
         Standard deviation of the Gaussian over the map; None = 5 px at 256, scaled to the slice's size.
     contamination : "auto" or float in (0, 0.5]
@@ -131,7 +131,8 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         See `LatentAutoencoder`.
     memory : None, str or joblib.Memory
         Caches the two training stages, so that a search over inference parameters trains once per fold.
-        Latents of more than 2 GiB (`madad.denoising.LARGE_CACHE`) are in a file there while they are used.
+        Latents of more than 2 GiB (`madad.stages.latent_cache.LARGE_CACHE`) are in a file there while
+        they are used.
     batch_size : int or None
         Slices per forward pass; None = by the slice's size, on a GPU by its free memory. Powers of two keep a
         slice's result bitwise independent of its place in the batch.
@@ -166,7 +167,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     Notes
     -----
     The map and the scores of a slice are bitwise independent of its batch on a CPU. A slice's score is
-    minus the mean of the largest 1 % of its map inside the brain (`madad.anomaly_map.pool_map`): the mean
+    minus the mean of the largest 1 % of its map inside the brain (`madad.maps.pool_map`): the mean
     of the whole map would drown small lesions. Repair is restricted to latent positions with some brain.
 
     With scikit-learn 1.9 or later ``set_callbacks`` works as in `LatentAutoencoder`; the tasks are ``"fit"``,
@@ -510,64 +511,3 @@ def _among_empty(values: np.ndarray, rows: np.ndarray, n: int) -> np.ndarray:
     spread = np.zeros((n, *values.shape[1:]), values.dtype)
     spread[rows] = values
     return spread
-
-
-class _CutShort(Exception):
-    """Takes the result of a stage that was stopped past ``memory``, which would keep what is returned."""
-
-    def __init__(self, result):
-        super().__init__()
-        self.result = result
-
-
-class _NotFound(Exception):
-    """Comes from a stage that ``memory`` does not hold, where it is only looked for."""
-
-
-def _found(cached: Callable, key: str):
-    """What ``memory`` holds of a stage, or None; asked for the result, which it may fail to read."""
-    try:
-        return cached(key, None)
-    except _NotFound:
-        return None
-
-
-def _fit_autoencoder(key: str, inputs: dict | None) -> LatentAutoencoder:
-    """The first stage as a function that can be cached by its key."""
-    if inputs is None:
-        raise _NotFound
-    autoencoder, task = inputs["autoencoder"], inputs["task"]
-    with task.stage("autoencoder", fits=autoencoder):
-        autoencoder.set_params(verbose=inputs["verbose"]).fit_stack(inputs["stack"], inputs["groups"])
-    if autoencoder.trainer is not None:
-        autoencoder.trainer.set_params(**NOT_SAVED_OF_TRAINER)
-    return _unless_stopped(autoencoder, task)
-
-
-def _fit_denoiser(key: str, inputs: dict | None) -> tuple[nn.Module, list[dict]]:
-    """The second stage as a function that can be cached by its key."""
-    if inputs is None:
-        raise _NotFound
-    return _unless_stopped(train_denoiser(**inputs), inputs["task"])
-
-
-def _unless_stopped(result, task: FitTask):
-    """The result, raised where a signal or a callback ended its training."""
-    with graceful_stop() as stop:  # the one around all of fit
-        if stop.signal is not None or task.was_stopped:
-            raise _CutShort(result)
-    return result
-
-
-def _decisive(trainer: Trainer | None) -> dict | None:
-    """A trainer's parameters without those that do not decide what is learnt."""
-    if trainer is None:
-        return None
-    apart = ("checkpoint_dir", "checkpoint_every_s", "resume", "activation_checkpointing")
-    return {name: value for name, value in trainer.get_params().items() if name not in apart}
-
-
-def _directory(memory) -> str | None:
-    """Where ``memory`` keeps its files, if it does so on a disk."""
-    memory = check_memory(memory)
-    return memory.location if getattr(memory, "backend", None) == "local" else None

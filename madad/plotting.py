@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from madad._files import whole_file
+from madad._runtime.files import whole_file
 
 
 def summary_figure(

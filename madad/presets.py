@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from madad.anomaly_map import ANOMALY_MAPS, DIFFERENCES, REFERENCES, SMOOTHINGS, smoothing_width
+from madad.maps.differences import ANOMALY_MAPS, DIFFERENCES, REFERENCES, SMOOTHINGS
+from madad.maps.smoothing import smoothing_width
 from madad.nn import UNET_SIZES
 
 INFERENCE_KNOBS = (

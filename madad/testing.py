@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from madad.autoencoding import LatentAutoencoder
 from madad.detector import MaskedDiffusionAnomalyDetector
+from madad.stages.autoencoder import LatentAutoencoder
 from madad.training import Trainer
 
 

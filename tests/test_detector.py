@@ -27,11 +27,11 @@ from sklearn.utils.estimator_checks import estimator_checks_generator, parametri
 from torch import nn
 
 import madad
-import madad.denoising
+import madad.stages.latent_cache
 import madad.training.checkpoint
 from madad import MaskedDiffusionAnomalyDetector, Trainer
-from madad._random import isolated_seed
-from madad._tensors import state_to_numpy
+from madad._runtime.random import isolated_seed
+from madad._runtime.tensors import state_to_numpy
 from madad.diffusion import ForeignLatents, GaussianNoise, Mixture
 from madad.metrics import max_dice_per_image, max_dice_scorer
 from madad.nn import UNET_SIZES
@@ -933,7 +933,7 @@ def test_maps_of_a_large_memory_map_are_one_too(fitted, healthy, tmp_path, monke
     X = np.load(tmp_path / "X.npy", mmap_mode="r")
     expected = fitted.predict_maps(healthy)
     assert type(fitted.predict_maps(X)) is np.ndarray  # small
-    monkeypatch.setattr("madad._validation.LARGE_RESULT", 1)
+    monkeypatch.setattr("madad.base.slice_stack.LARGE_RESULT", 1)
     assert type(fitted.predict_maps(healthy)) is np.ndarray
     maps = fitted.predict_maps(X)
     assert isinstance(maps, np.memmap)
@@ -947,7 +947,7 @@ def test_maps_of_a_large_memory_map_are_one_too(fitted, healthy, tmp_path, monke
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
 def test_a_disk_without_room_for_maps_is_named(fitted, healthy, tmp_path, monkeypatch):
     np.save(tmp_path / "X.npy", healthy)
-    monkeypatch.setattr("madad._validation.LARGE_RESULT", 1)
+    monkeypatch.setattr("madad.base.slice_stack.LARGE_RESULT", 1)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -1220,7 +1220,7 @@ def test_no_subject_is_in_training_and_validation_of_either_stage(monkeypatch):
     subjects = np.repeat(np.arange(20), 6)
     X = MANY.copy()
     X[:, 8, 8] = (subjects + 1) / 32  # each slice says whose it is
-    seen, optimise, cache = defaultdict(set), Trainer.optimise, madad.denoising.cache_latents
+    seen, optimise, cache = defaultdict(set), Trainer.optimise, madad.stages.latent_cache.cache_latents
 
     def noting_images(self, module, *args, **kwargs):
         def note(module, inputs):
@@ -1237,7 +1237,7 @@ def test_no_subject_is_in_training_and_validation_of_either_stage(monkeypatch):
         return cache(autoencoder, stack, **options)
 
     monkeypatch.setattr(Trainer, "optimise", noting_images)
-    monkeypatch.setattr(madad.denoising, "cache_latents", noting_latents)
+    monkeypatch.setattr(madad.stages.denoiser, "cache_latents", noting_latents)
     trainer = Trainer(9, validation_fraction=0.25)
     autoencoder = tiny_autoencoder(intensity_range=(0.0, 1.0), trainer=trainer, flip=False)
     detector = strict_detector(autoencoder=autoencoder, trainer=trainer).fit(X, groups=subjects)
@@ -1335,14 +1335,14 @@ def test_what_has_no_hash_is_refused_before_anything_is_trained(keeps, tmp_path,
 
 @pytest.mark.parametrize("kind", ["path", "Memory", "nothing"])
 def test_large_latents_are_in_a_file_under_memory(kind, tmp_path, monkeypatch, uncut):
-    places, rows_on_disk = [], madad.denoising.RowsOnDisk
+    places, rows_on_disk = [], madad.stages.latent_cache.RowsOnDisk
 
     def noting(directory, *args):
         places.append(str(directory))
         return rows_on_disk(directory, *args)
 
-    monkeypatch.setattr(madad.denoising, "RowsOnDisk", noting)
-    monkeypatch.setattr(madad.denoising, "LARGE_CACHE", 0)
+    monkeypatch.setattr(madad.stages.denoiser, "RowsOnDisk", noting)
+    monkeypatch.setattr(madad.stages.denoiser, "LARGE_CACHE", 0)
     memory = {"path": str(tmp_path), "Memory": joblib.Memory(tmp_path, verbose=0), "nothing": None}[kind]
     np.testing.assert_array_equal(learnt(long_detector(memory=memory).fit(MANY)), uncut)
     assert places == ([] if memory is None else [str(tmp_path)] * 3)
@@ -1372,12 +1372,12 @@ def test_a_network_of_ones_own_is_found_in_memory(tmp_path, trainings):
 FROM_A_FILE = """
 import resource, sys
 import numpy as np
-import madad.denoising
+import madad.stages.latent_cache
 from madad import LatentAutoencoder, Trainer
 from madad.nn import AutoencoderConfig
 from madad.testing import tiny_detector
 
-madad.denoising.LARGE_CACHE = 0
+madad.stages.latent_cache.LARGE_CACHE = 0
 path, side, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 X = np.memmap(path, np.uint8, "r").reshape(-1, side, side)
 trainer = Trainer(1, max_steps=3, checkpoint_dir=directory + "/runs", validation_fraction=0.1)

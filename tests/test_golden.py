@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from madad.anomaly_map import smoothing_width
+from madad.maps.smoothing import smoothing_width
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from madad import MaskedDiffusionAnomalyDetector
-from madad.denoising import OBJECTIVE_KNOBS, check_denoiser, make_objective
 from madad.diffusion import CORRUPTIONS, NoiseSchedule
 from madad.nn import AUTOENCODER_SIZES, UNET_SIZES
 from madad.presets import INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
+from madad.stages.denoiser import OBJECTIVE_KNOBS, check_denoiser, make_objective
 from madad.training import Trainer
 
 NETWORKS = {"autoencoder", "autoencoder_training", "denoiser", "denoiser_training"}

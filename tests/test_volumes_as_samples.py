@@ -6,9 +6,9 @@ from sklearn.base import clone
 from sklearn.model_selection import PredefinedSplit, cross_val_score
 
 from madad import LatentAutoencoder
-from madad.anomaly_map import pool_map
 from madad.baselines import IntensityThreshold
 from madad.datasets import make_brain_slices
+from madad.maps.pooling import pool_map
 from madad.metrics import max_dice_scorer
 from madad.testing import tiny_autoencoder, tiny_detector
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from madad._hashing import content_hash
-from madad._random import generator_from, hold_out, isolated_seed
-from madad._tensors import default_batch_size, fixed_batches, resolve_device, to_images, to_network
-from madad._validation import SliceStack
-from madad.anomaly_map import finish_map, smoothing_width
+from madad._runtime.hashing import content_hash
+from madad._runtime.random import generator_from, hold_out, isolated_seed
+from madad._runtime.tensors import default_batch_size, fixed_batches, resolve_device, to_images, to_network
+from madad.base.map_detector import AnomalyMapDetector
+from madad.base.slice_stack import SliceStack
+from madad.maps.smoothing import finish_map, smoothing_width
 from madad.nn import UNET_SIZES, MaskedUNet, UNetConfig
-from madad.scoring import AnomalyMapDetector
 from madad.training import Trainer
 
 IMAGE_PATCH = 4  # pixels: images are folded so for a U-Net that the presets feed with latents

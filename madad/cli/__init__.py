@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from madad._version import __version__
+from madad._runtime.version import __version__
 from madad.cli import convert, demo, evaluate, fit, info, predict, preprocess
 
 COMMANDS = (demo, preprocess, fit, predict, evaluate, convert, info)

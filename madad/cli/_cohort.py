@@ -18,10 +18,11 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from madad._runtime.files import read_json
 from madad.cli._readers import Load, read_ahead
 from madad.datasets import Scan, find_scans, scan_name
-from madad.derivatives import DESCRIPTION, Derivative, read_json
-from madad.preprocessed import STEP as PREPROCESS
+from madad.volumes.bids_derivative import DESCRIPTION, Derivative
+from madad.volumes.prepared_folder import STEP as PREPROCESS
 
 OF_ONE_SCAN = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
 """Errors that cost a row, and not the cohort."""

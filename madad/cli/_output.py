@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from madad.derivatives import write_text
+from madad._runtime.files import write_text
 from madad.nn import (
     AUTOENCODER_SIZES,
     UNET_SIZES,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from madad.cli._output import listing, network_facts
 from madad.nn import AutoencoderKL, MaskedUNet
-from madad.persistence import NETWORK_USES, check_network_path, save_network
-from madad.pretrained import kind_of_weights, load_autoencoder, load_unet
+from madad.pretrained.loading import kind_of_weights, load_autoencoder, load_unet
+from madad.saving.saved_detector import NETWORK_USES, check_network_path, save_network
 
 PARTS = ("autoencoder", "denoiser")
 

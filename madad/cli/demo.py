@@ -10,17 +10,17 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import GroupShuffleSplit
 from sklearn.utils import Bunch
 
-from madad._version import __version__
-from madad.anomaly_map import pool_map
-from madad.autoencoding import LatentAutoencoder
+from madad._runtime.files import write_json
+from madad._runtime.version import __version__
 from madad.baselines import TAILS, AutoencoderResidual, IntensityThreshold
-from madad.checkpoint import refuse_foreign
 from madad.cli._output import table, timed, write_csv
 from madad.datasets import load_slices, make_brain_slices
-from madad.derivatives import write_json
 from madad.detector import MaskedDiffusionAnomalyDetector
+from madad.maps.pooling import pool_map
 from madad.metrics import evaluate_maps
 from madad.plotting import require_matplotlib, summary_figure
+from madad.saving.model_folder import refuse_foreign
+from madad.stages.autoencoder import LatentAutoencoder
 from madad.training import Trainer
 
 N_TRAIN, N_TEST, N_SHOWN = 300, 60, 8

@@ -13,25 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from madad._version import __version__
+from madad._runtime.files import write_json, write_text
+from madad._runtime.version import __version__
 from madad.cli._cohort import OF_ONE_SCAN, add_output_arguments, is_fatal, noted_warnings, progress
 from madad.cli._output import table
 from madad.cli.predict import Load, add_scan_arguments, scans_to_judge
 from madad.datasets import Scan, scan_name
-from madad.derivatives import (
-    ERROR_COLUMNS,
-    ERRORS,
-    failure_row,
-    participant,
-    table_text,
-    write_json,
-    write_text,
-)
 from madad.metrics import MapEvaluation, auprc, dice_at_threshold, lesion_detection, max_dice_per_image
 from madad.mri import read_volume, same_grid
 from madad.plotting import volume_figure
-from madad.preprocessed import lesion_on_grid
-from madad.volume_model import VolumeModel, model_hash
+from madad.volumes.bids_derivative import ERROR_COLUMNS, ERRORS, failure_row, participant, table_text
+from madad.volumes.model import VolumeModel, model_hash
+from madad.volumes.preparation import lesion_on_grid
 
 OURS = "mad-ad"
 COLUMNS = ("auprc", "auroc", "max_dice_per_image", "max_dice_pooled", "calibrated_dice")

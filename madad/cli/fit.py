@@ -11,18 +11,19 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from madad._distributed import FirstFailedError, join
-from madad._tensors import resolve_device
-from madad.autoencoding import LatentAutoencoder
-from madad.checkpoint import refuse_foreign
+from madad._runtime.distributed import FirstFailedError, join
+from madad._runtime.tensors import resolve_device
 from madad.cli._cohort import add_output_arguments, is_preprocessed, progress
-from madad.derivatives import Derivative
 from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.mri import VolumePreprocessor, VolumeSlicer, read_volume
-from madad.preprocessed import PreprocessedFiles, find_preprocessed, read_preprocessed
 from madad.presets import PRESETS, choose_preset
+from madad.saving.model_folder import refuse_foreign
+from madad.stages.autoencoder import LatentAutoencoder
 from madad.training import Trainer, TrainingStoppedWarning
-from madad.volume_model import HealthyVolume, VolumeModel, fit_volumes
+from madad.volumes.bids_derivative import Derivative
+from madad.volumes.fitting import HealthyVolume, fit_volumes
+from madad.volumes.model import VolumeModel
+from madad.volumes.prepared_folder import PreprocessedFiles, find_preprocessed, read_preprocessed
 
 AUTOENCODER_SHARE = 0.4
 """Of ``--max-time``."""

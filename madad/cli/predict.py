@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from joblib import cpu_count
 
-from madad._tensors import resolve_device
-from madad._version import __version__
+from madad._runtime.files import write_json
+from madad._runtime.tensors import resolve_device
+from madad._runtime.version import __version__
 from madad.cli._cohort import (
     add_cohort_arguments,
     begin,
@@ -24,12 +25,13 @@ from madad.cli._cohort import (
     share_of,
 )
 from madad.datasets import Scan
-from madad.derivatives import Derivative, changes, write_json
 from madad.mri import PreprocessedVolume, VolumePreprocessor, write_like
 from madad.mri.registration import TEMPLATE_SPACE
-from madad.preprocessed import PreprocessedFiles, find_preprocessed, preprocess_scan, read_preprocessed
-from madad.volume_model import VolumeModel, model_hash
-from madad.volumes import VolumePrediction
+from madad.volumes.bids_derivative import Derivative, changes
+from madad.volumes.model import VolumeModel, model_hash
+from madad.volumes.prediction import VolumePrediction
+from madad.volumes.preparation import preprocess_scan
+from madad.volumes.prepared_folder import PreprocessedFiles, find_preprocessed, read_preprocessed
 
 STEP = "predict"
 MAP, MASK = "stat-anomaly_statmap", "label-L_desc-madad_mask"

@@ -15,14 +15,13 @@ from madad.cli._cohort import (
     share_of,
 )
 from madad.datasets import Scan
-from madad.derivatives import Derivative
-from madad.model_card import preprocessing_of
 from madad.mri import PreprocessedVolume, VolumePreprocessor
-from madad.preprocessed import (
+from madad.saving.model_card import preprocessing_of
+from madad.volumes.bids_derivative import Derivative
+from madad.volumes.preparation import bids_name, preprocess_scan
+from madad.volumes.prepared_folder import (
     STEP,
-    bids_name,
     is_preprocessed_whole,
-    preprocess_scan,
     write_preprocessed,
     write_preprocessing_table,
 )

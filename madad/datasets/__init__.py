@@ -1,10 +1,11 @@
 """Slices to train and to test on: generated ones, and readers of real ones."""
 
-from madad.datasets.inputs import find_scans, scan_name
-from madad.datasets.layouts import find_atlas, find_bids, find_brats, find_ixi
-from madad.datasets.png import load_png_slices
-from madad.datasets.scans import Scan, load_scans
-from madad.datasets.slices import crop_to_brain, load_slices
+from madad.datasets.cohorts import find_atlas, find_bids, find_brats, find_ixi
+from madad.datasets.find_scans import find_scans
+from madad.datasets.nifti_slices import load_scans
+from madad.datasets.npz_slices import crop_to_brain, load_slices
+from madad.datasets.png_slices import load_png_slices
+from madad.datasets.scan import Scan, scan_name
 from madad.datasets.synthetic import make_brain_slices
 
 __all__ = [

@@ -8,7 +8,7 @@ from scipy.ndimage import map_coordinates
 from sklearn.utils import Bunch, check_random_state
 from threadpoolctl import threadpool_limits
 
-from madad.datasets.lesions import paint_lesion, smooth_noise
+from madad.datasets.painted_lesions import paint_lesion, smooth_noise
 from madad.datasets.templates import load_template
 from madad.mri.intensity import normalize_intensity
 
@@ -41,7 +41,7 @@ def make_brain_slices(
 
     Each subject bends the ICBM152 tissue probability maps (affine map, smooth displacements, ventricle size,
     cortical folds), and has its own tissue intensities, bias field and Rician noise. Lesions share their grey
-    levels with healthy tissue (see `madad.datasets.lesions.paint_lesion`): no threshold finds them.
+    levels with healthy tissue (see `madad.datasets.painted_lesions.paint_lesion`): no threshold finds them.
 
     Parameters
     ----------

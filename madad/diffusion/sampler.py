@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from madad._tensors import fixed_parts
+from madad._runtime.tensors import fixed_parts
 from madad.diffusion.schedule import NoiseSchedule
 
 

@@ -30,11 +30,10 @@ from madad.metrics.dice import (
     max_dice_per_image,
     max_dice_pooled,
 )
-from madad.metrics.evaluation import evaluate_maps
-from madad.metrics.lesions import LesionDetection, lesion_detection, size_strata
-from madad.metrics.reconstruction import reconstruction_errors
+from madad.metrics.image_quality import reconstruction_errors
+from madad.metrics.lesion_detection import LesionDetection, lesion_detection, size_strata
+from madad.metrics.map_evaluation import MapEvaluation, evaluate_maps
 from madad.metrics.scorers import auprc_scorer, image_auroc_scorer, max_dice_scorer, pooled_max_dice_scorer
-from madad.metrics.streaming import MapEvaluation
 
 __all__ = [
     "LesionDetection",

@@ -11,8 +11,8 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from madad.mri.grids import check_brain_mask, check_volume, largest_part, resample_mask, to_isotropic
 from madad.mri.registration import mni_template, register_affine
+from madad.mri.resampling import check_brain_mask, check_volume, largest_part, resample_mask, to_isotropic
 
 MIN_BACKGROUND = 0.4
 """Least share of voxels at 0 in a skull-stripped volume; a brain fills about half of its bounding box."""

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
-from madad.mri.grids import check_brain_mask, check_volume, simpleitk_on_one_thread
+from madad.mri.resampling import check_brain_mask, check_volume, simpleitk_on_one_thread
 
 FOREGROUND_FLOOR = 1 / 255
 """Smallest value inside the brain, so that ``X > 0`` is the brain and stays so in an 8-bit file."""

@@ -15,7 +15,7 @@ from nibabel import orientations
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from madad._files import whole_file
+from madad._runtime.files import whole_file
 
 GZIP_LEVEL = 1
 """Level of compression that nibabel uses too; higher ones take several times as long for a tenth less."""

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
-from madad.mri.grids import (
+from madad.mri.resampling import (
     check_brain_mask,
     check_volume,
     largest_part,

@@ -1,7 +1,7 @@
 """The trainer that both stages share: it knows no network and no data."""
 
 from madad.training.callbacks import TensorBoard, TrainingState
-from madad.training.stopping import StopRequest, graceful_stop
+from madad.training.signals import StopRequest, graceful_stop
 from madad.training.trainer import Trainer, TrainingStoppedWarning
 
 __all__ = [

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from madad._distributed import Team
-from madad.training.share import Share
+from madad._runtime.distributed import Team
+from madad.training.batch_share import Share
+from madad.training.weights import MovingAverage, copy_values, values_of
 
 BETAS = {"module": (0.9, 0.999), "rival": (0.5, 0.9)}
 FACTS = (
@@ -143,7 +142,7 @@ class TrainingRun:
             self.n_unimproved += 1
             return
         self.best_loss, self.n_unimproved = validation_loss, 0
-        self.best = {name: value.clone() for name, value in _values(self.networks["module"]).items()}
+        self.best = {name: value.clone() for name, value in values_of(self.networks["module"]).items()}
         for record in self.history:
             record.pop("best", None)
         self.history[-1]["best"] = True
@@ -151,7 +150,7 @@ class TrainingRun:
     def settle(self) -> None:
         """Give the module its best validated weights, else the averaged ones; all processes have the same."""
         if self.best:
-            _copy(self.best, _values(self.networks["module"]))
+            copy_values(self.best, values_of(self.networks["module"]))
         else:
             self.average.copy_to_module()
         self.share.team.copy_(self.values().values())  # buffers: each process kept its own
@@ -162,7 +161,7 @@ class TrainingRun:
         return {
             f"{role}/{name}": value
             for role, network in self.networks.items()
-            for name, value in _values(network).items()
+            for name, value in values_of(network).items()
         }
 
     @property
@@ -206,7 +205,7 @@ class TrainingRun:
         for name, (total, count) in facts["totals"].items():
             self.totals[name], self.counts[name] = total, count
         for role, network in self.networks.items():
-            _copy(group(f"{role}/"), _values(network))
+            copy_values(group(f"{role}/"), values_of(network))
         self._set_random_states(group("random/"))
         if self.finished:
             return
@@ -216,7 +215,7 @@ class TrainingRun:
                 parameter = optimiser.param_groups[0]["params"][int(i)]
                 same_layout = torch.empty_like(parameter, requires_grad=False)
                 optimiser.state[parameter][moment] = value if moment == "step" else same_layout.copy_(value)
-        _copy(group("average/"), {str(i): value for i, value in enumerate(self.average.averaged)})
+        copy_values(group("average/"), {str(i): value for i, value in enumerate(self.average.averaged)})
         self.best, self.order = group("best/"), tensors.get("order")
 
     def _random_states(self) -> dict[str, Tensor]:
@@ -234,66 +233,6 @@ class TrainingRun:
         return self.device.type == "cuda"
 
 
-class MovingAverage:
-    """Exponential moving average of a module's parameters, faster at the beginning."""
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
-        self.current = [p for p in module.parameters() if p.requires_grad]
-        self.averaged = [p.detach().clone() for p in self.current] if decay else []
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the current weights."""
-        if self.averaged:
-            weight = 1 - min(self.decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.current], weight)
-
-    @torch.no_grad()
-    def copy_to_module(self) -> None:
-        """Leave the averaged weights in the module."""
-        for parameter, averaged in zip(self.current, self.averaged, strict=False):
-            parameter.copy_(averaged)
-
-    @contextmanager
-    def in_module(self) -> Iterator[None]:
-        """The averaged weights for a while."""
-        current = [p.detach().clone() for p in self.current]
-        self.copy_to_module()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(self.current, current, strict=True):
-                    parameter.copy_(value)
-
-
-@contextmanager
-def channels_last(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Keep the weights of 2-d convolutions in channels-last format for a while."""
-    weights = [p for network in networks for p in network.parameters() if p.dim() == 4]
-    try:
-        for weight in weights:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-        yield
-    finally:
-        for weight in weights:
-            weight.data = weight.data.contiguous()
-
-
-@contextmanager
-def recomputing(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Have blocks that can (those with an attribute ``recompute``) forget their activations for a while."""
-    blocks = [part for network in networks for part in network.modules() if hasattr(part, "recompute")]
-    try:
-        for block in blocks:
-            setattr(block, "recompute", True)  # noqa: B010 - mypy takes attributes of modules for tensors
-        yield
-    finally:
-        for block in blocks:
-            delattr(block, "recompute")  # that of its class is left
-
-
 def peak_memory_mib(device: torch.device) -> float | None:
     """On a GPU since training began; on a CPU the process's own, None where the system does not tell."""
     if device.type == "cuda":
@@ -304,14 +243,3 @@ def peak_memory_mib(device: torch.device) -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes or KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def _values(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, without gradients; shared ones once."""
-    named = [*network.named_parameters(), *network.named_buffers()]
-    return {name: value.detach() for name, value in named}
-
-
-def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    for name, value in target.items():
-        value.copy_(source[name])

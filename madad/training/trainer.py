@@ -16,12 +16,13 @@ from sklearn.base import BaseEstimator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from madad._distributed import join
-from madad._random import isolated_seed
+from madad._runtime.distributed import join
+from madad._runtime.random import isolated_seed
 from madad.training.callbacks import TrainingState
 from madad.training.checkpoint import CheckpointFile, fingerprint
-from madad.training.run import TrainingRun, channels_last, peak_memory_mib, recomputing
-from madad.training.stopping import StopRequest, graceful_stop
+from madad.training.run import TrainingRun, peak_memory_mib
+from madad.training.signals import StopRequest, graceful_stop
+from madad.training.weights import channels_last, recomputing
 
 CLOCKS = ("wall", "cpu")
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -206,8 +207,8 @@ class Trainer(BaseEstimator):
         n_samples : int
         generator : torch.Generator
             The only source of randomness: order of the samples, and whatever ``loss`` draws. Dropout draws
-            from torch's global one; see `madad._random.isolated_seed`. ``loss`` is to draw from the one that
-            it is given: of several processes each has another at each step.
+            from torch's global one; see `madad._runtime.random.isolated_seed`. ``loss`` is to draw from the
+            one that it is given: of several processes each has another at each step.
         batch_size : int
             Used where the trainer's own is None.
         rival : nn.Module or None

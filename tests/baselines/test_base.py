@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from madad.anomaly_map import finish_map
 from madad.baselines.base import IMAGE_PATCH, Baseline, RestoringBaseline
-from madad.baselines.denoising import DenoisingAutoencoder
+from madad.baselines.denoising_autoencoder import DenoisingAutoencoder
+from madad.maps.smoothing import finish_map
 from madad.nn import UNET_SIZES
 from madad.testing import tiny_detector
 from madad.training import Trainer

@@ -19,10 +19,11 @@ from benchmarks.methods import (
 )
 from benchmarks.tables import OURS, PAPERS, PUBLISHED
 from madad import MaskedDiffusionAnomalyDetector, Trainer
-from madad.anomaly_map import finish_map, image_map
+from madad.base.map_detector import AnomalyMapDetector
 from madad.datasets import make_brain_slices
+from madad.maps.differences import image_map
+from madad.maps.smoothing import finish_map
 from madad.presets import INFERENCE_KNOBS, PRESETS, check_inference_knobs
-from madad.scoring import AnomalyMapDetector
 
 TABLES = {"methods": METHODS, "quick": QUICK_METHODS, "ablations": TRAINING_ABLATIONS}
 ALL = [(table, name) for table, methods in TABLES.items() for name in methods]

@@ -9,7 +9,7 @@ import torch
 from benchmarks import speed, speed_tables
 from benchmarks.published import published_maps, published_training
 from madad.datasets import make_brain_slices
-from madad.denoising import train_denoiser
+from madad.stages.denoiser import train_denoiser
 from madad.testing import tiny_autoencoder, tiny_detector
 from madad.training import Trainer
 

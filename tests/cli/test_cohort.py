@@ -28,7 +28,7 @@ from madad.cli._cohort import (
     share_of,
 )
 from madad.datasets import Scan
-from madad.derivatives import Derivative
+from madad.volumes.bids_derivative import Derivative
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120  # that no process may take

@@ -11,7 +11,7 @@ from madad.cli.evaluate import OURS
 from madad.datasets import Scan
 from madad.metrics import evaluate_maps
 from madad.mri import read_volume
-from madad.volume_model import INTENSITY, VolumeModel
+from madad.volumes.model import INTENSITY, VolumeModel
 
 
 @pytest.fixture(scope="module")

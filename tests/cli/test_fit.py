@@ -14,7 +14,7 @@ import pytest
 from madad.cli import fit
 from madad.datasets import Scan
 from madad.training import Trainer
-from madad.volume_model import VolumeModel
+from madad.volumes.model import VolumeModel
 
 ROOT = Path(__file__).parents[2]
 INTERRUPTED = Path(__file__).parents[1] / "distributed" / "interrupted_fit.py"

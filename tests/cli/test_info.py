@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from madad import MaskedDiffusionAnomalyDetector
 from madad.datasets import load_slices
 from madad.nn import AUTOENCODER_SIZES, UNET_SIZES, AutoencoderKL, MaskedUNet
-from madad.persistence import save_network
+from madad.saving.saved_detector import save_network
 from madad.testing import tiny_detector
 
 

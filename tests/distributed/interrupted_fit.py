@@ -8,7 +8,7 @@ import time
 import torch.distributed as dist
 
 from madad import cli
-from madad._distributed import leads
+from madad._runtime.distributed import leads
 from madad.training import Trainer, graceful_stop
 
 step = Trainer._step

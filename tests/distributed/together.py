@@ -18,13 +18,14 @@ import torch
 from joblib import Parallel, delayed
 from torch import nn
 
-from madad import LatentAutoencoder, Trainer, denoising
-from madad._distributed import ALONE, FirstFailedError, alone, join, leads
-from madad._random import isolated_seed
-from madad._validation import check_slices
-from madad.augmentation import SliceAugmentation
+from madad import LatentAutoencoder, Trainer
+from madad._runtime.distributed import ALONE, FirstFailedError, alone, join, leads
+from madad._runtime.random import isolated_seed
+from madad.base.check_slices import check_slices
 from madad.baselines import PartialDiffusion
 from madad.datasets import make_brain_slices
+from madad.stages import latent_cache
+from madad.stages.augmentation import SliceAugmentation
 from madad.testing import tiny_autoencoder, tiny_detector
 
 N = 24
@@ -186,19 +187,19 @@ def latents(folder):
     """The cache that the processes fill together, and that of one."""
     fitted = tiny_autoencoder().fit(SLICES.images)
     stack, same = check_slices(SLICES.images[:37]), []
-    denoising.LARGE_CACHE, before = 0, denoising.LARGE_CACHE
-    denoising.BUCKET = 10_000  # several pieces
+    latent_cache.LARGE_CACHE, before = 0, latent_cache.LARGE_CACHE
+    latent_cache.BUCKET = 10_000  # several pieces
     for directory in (None, folder / join_text()):
         for augmentation in (None, SliceAugmentation(n_copies=1)):
             options = {"flip": True, "augmentation": augmentation, "directory": directory}
             both = [
-                denoising.cache_latents(fitted, stack, generator=seeded(1), team=team, **options)
+                latent_cache.cache_latents(fitted, stack, generator=seeded(1), team=team, **options)
                 for team in (join(), ALONE)
             ]
             for name in ("mean", "logvar", "brain_fraction"):
                 rows = torch.arange(len(both[0]))
                 same.append(torch.equal(*(getattr(cache, name)[rows] for cache in both)))
-    denoising.LARGE_CACHE = before
+    latent_cache.LARGE_CACHE = before
     return {"same": same}
 
 

@@ -212,7 +212,7 @@ def test_deepbet_that_sees_no_brain_is_no_crash(monkeypatch):
 
 def head_and_brain(template, affine, shape):
     """Return the template's brain under a dark skull and a bright scalp, and where the brain is."""
-    from madad.mri.grids import resample_mask, resample_to
+    from madad.mri.resampling import resample_mask, resample_to
 
     at_mm = nib.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
     radius = np.linalg.norm((at_mm - [0, -18, 8]) / [78, 98, 82], axis=-1)

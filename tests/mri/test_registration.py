@@ -9,8 +9,8 @@ pytest.importorskip("nilearn", reason="the template ships with nilearn")
 
 import SimpleITK
 
-from madad.mri.grids import resample_mask, resample_to
 from madad.mri.registration import AffineRegistration, mni_template, register_affine
+from madad.mri.resampling import resample_mask, resample_to
 
 
 def turned(x_deg, y_deg, z_deg):

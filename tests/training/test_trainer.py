@@ -19,7 +19,7 @@ from sklearn.base import clone
 from torch import nn
 
 import madad.training.trainer
-from madad._random import isolated_seed
+from madad._runtime.random import isolated_seed
 from madad.nn.layers import RecomputedBlock
 from madad.training import TensorBoard, Trainer, TrainingState, TrainingStoppedWarning, graceful_stop
 

@@ -1,0 +1,1 @@
+"""What the rooms above run on: devices, randomness, files, processes. Nothing here knows of brains."""

@@ -1,0 +1,172 @@
+"""Where weights are, and how a network is filled with them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+from textwrap import shorten
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from madad._runtime.random import isolated_seed
+from madad.pretrained.unpickling import read_pickled_tensors
+
+Network = TypeVar("Network", bound=nn.Module)
+WEIGHT_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "model.safetensors",
+    "model.ckpt",
+)
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+SAVED_WEIGHTS = {"autoencoder": "autoencoder.safetensors", "denoiser": "denoiser.safetensors"}  # of madad
+# Whole names: the hub's patterns let * match slashes, and a pipeline's other networks are large.
+HUB_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    SAVED_WEIGHTS["autoencoder"],
+)
+HUB_CONFIGS = ("config.json", "vae/config.json")
+_HUB_ID = r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?"
+
+
+def read_weights(path) -> dict[str, Tensor]:
+    """Named tensors of a weight file, or of the one in a directory: as stored, whatever the network.
+
+    Parameters and errors as `load_original_unet`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _weight_file_in(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"path must name a weight file or a directory with one, got {path}. Check the path."
+        )
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} must be a safetensors file, got one that cannot be read ({error}). "
+                f"Download it again."
+            ) from error
+    return read_pickled_tensors(path)
+
+
+def _local_path(source, hub_cache) -> Path:
+    """``source`` if it exists, else where the hub's repository of that name was downloaded to."""
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"source must be a path or the name of a hub repository, got {source!r}. Give one of them."
+        )
+    path = Path(source)
+    if path.exists():
+        return path
+    named = re.fullmatch(_HUB_ID, source) if isinstance(source, str) else None
+    if named is None or path.suffix in WEIGHT_SUFFIXES:
+        raise FileNotFoundError(
+            f"source must name a weight file, a directory with one, or a hub repository as 'owner/name', got "
+            f"{str(source)!r}. Check the path."
+        )
+    return _download(named[1], named[2], hub_cache)
+
+
+def _download(repository: str, revision: str | None, hub_cache) -> Path:
+    """The local copy of a hub repository's autoencoder."""
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise ImportError(
+            f"source must be an existing path where huggingface_hub is not installed, got {repository!r}. "
+            f'Install it: pip install "madad[hub]".'
+        ) from error
+    try:
+        copy = hub.snapshot_download(
+            repository, revision=revision, cache_dir=hub_cache, allow_patterns=[*HUB_CONFIGS, *HUB_WEIGHTS]
+        )
+    except Exception as error:  # those of its HTTP client are no OSErrors
+        wanted = f"{repository}@{revision}" if revision else repository
+        raise OSError(
+            f"source must be an existing path or a repository that the hub gives, got {wanted!r} "
+            f"({type(error).__name__}: {shorten(str(error), 300)}). Check the name and the connection, set "
+            f"HF_HOME to a cache that has it, or download it elsewhere and pass the directory."
+        ) from error
+    if not any(Path(copy, name).is_file() for name in HUB_WEIGHTS):
+        raise FileNotFoundError(
+            f"source must be a repository with one of {list(HUB_WEIGHTS)}, got {repository!r} without. "
+            f"Download its weight file and pass the path."
+        )
+    return Path(copy)
+
+
+def _weight_file_in(directory: Path) -> Path:
+    for folder in (directory, directory / "vae"):
+        for name in WEIGHT_FILES:
+            if (folder / name).is_file():
+                return folder / name
+    found = [file for file in sorted(directory.iterdir()) if file.suffix in WEIGHT_SUFFIXES]
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"path must name a directory with one weight file, got {directory} with "
+            f"{[file.name for file in found]}. Name the file."
+        )
+    return found[0]
+
+
+def build(kind: type[Network], config) -> Network:
+    """A network of a config, without a draw from the global generator."""
+    with isolated_seed(0):  # building a network draws weights
+        return kind(config)
+
+
+def fill(network: Network, tensors: dict[str, Tensor], path) -> Network:
+    """Load strictly, as float32; the error lists what is missing, unknown or of another shape."""
+    wanted = network.state_dict()
+    missing = sorted(wanted.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - wanted.keys())
+    misshapen = sorted(
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & tensors.keys()
+        if tensors[name].shape != wanted[name].shape
+    )
+    if missing or unknown or misshapen:
+        raise ValueError(
+            f"{path} must hold exactly the weights of {type(network).__name__}, got missing {missing}, "
+            f"unknown {unknown}, other shapes {misshapen}. Check that the file is of this kind of network."
+        )
+    network.load_state_dict(tensors)
+    return network.eval()
+
+
+def require(tensors: dict[str, Tensor], name: str, path) -> None:
+    """Raise ValueError where a tensor is missing."""
+    if name not in tensors:
+        raise ValueError(
+            f"{path} must hold {name}, got other names: missing ['{name}'], unknown {sorted(tensors)[:20]}. "
+            f"Check that the file is of this kind of network."
+        )
+
+
+def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The same tensors under names without a prefix."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def read_foreign_config(file: Path) -> dict:
+    """A JSON object; empty where there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} must be JSON, got a damaged file ({error}). Download it again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}. Download it again.")
+    return config

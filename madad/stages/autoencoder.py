@@ -1,0 +1,540 @@
+"""`LatentAutoencoder`: images to scaled latents and back, as a scikit-learn transformer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from sklearn.base import TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from madad._runtime.distributed import Team
+from madad._runtime.hashing import content_hash
+from madad._runtime.random import generator_from, hold_out, isolated_seed
+from madad._runtime.tensors import (
+    default_batch_size,
+    fixed_batches,
+    forward_batch_size,
+    inference,
+    pad_with_background,
+    resolve_device,
+    state_from_numpy,
+    state_to_numpy,
+    to_images,
+    to_network,
+)
+from madad.base.check_slices import as_numpy
+from madad.base.sklearn_callbacks import NO_TASK, CallbackSupport, FitTask, with_callbacks
+from madad.base.slice_estimator import SliceEstimator
+from madad.base.slice_stack import SliceStack
+from madad.metrics import reconstruction_errors
+from madad.nn import AUTOENCODER_SIZES, AutoencoderConfig, AutoencoderKL, PatchDiscriminator, make_perceptual
+from madad.pretrained.loading import load_autoencoder
+from madad.stages.augmentation import SliceAugmentation
+from madad.stages.autoencoder_loss import ReconstructionObjective, TrainedAutoencoder
+from madad.training import Trainer
+
+BACKGROUND = -1.0  # of a network image
+COMPONENT_SLICES = 256
+AUTO_SIZES = (("fast-f2", 96), ("fast-f4", 160), ("fast-f8", math.inf))
+LATENT_STATISTICS = ("latent_shift_", "latent_scale_")
+
+
+class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
+    """KL autoencoder between slices and latents of unit variance.
+
+    Parameters
+    ----------
+    size : str or AutoencoderConfig
+        A name in `madad.nn.AUTOENCODER_SIZES`, or a shape. ``"auto"`` is the one of the fast ones that
+        suits the slices: a factor of 2 for sides of up to 96 pixels, 4 up to 160, else 8.
+    latent_channels : int or None
+        Overrides the size's number of latent channels.
+    init : path-like, str or None
+        Weights to start from instead of ``size``: whatever `madad.pretrained.load_autoencoder` reads, a file,
+        a directory or a hub id. Three-channel weights serve slices of one channel.
+    pixel_loss : {"l1", "charbonnier"}
+        Of the reconstruction.
+    kl_weight : float
+        Weight of the KL divergence (per latent value) to the standard normal.
+    structure_weight : float
+        Weight of the L1 distance of image gradients at scales 1, 2 and 4.
+    perceptual : None, "efficientnet-lite0" or callable (x_hat, x) -> Tensor
+        A distance of features; see `madad.nn.make_perceptual`.
+    perceptual_weight : float
+        Its weight.
+    adversarial_weight : float
+        Weight of the patch-adversarial term beside the adaptive one; 0 = no discriminator.
+    adversarial_start : int
+        Steps before the discriminator is trained and heeded.
+    learn_logvar : bool
+        Learn the log-variance of the reconstruction term, as latent diffusion's code can.
+    flip : bool
+        Train on left-right mirrored slices too.
+    augmentation : SliceAugmentation or None
+        Train on a new augmented copy of each slice at each step, for ``n_copies`` out of ``n_copies + 1``.
+    trainer : Trainer or None
+        None = ``Trainer()``. With a ``validation_fraction``, slices (or whole groups) are held out, and the
+        weights with the best reconstruction of them are kept.
+    image_shape : (H, W) or (C, H, W) or None
+        What flat rows are folded to; see `fit`.
+    intensity_range : (float, float) or "data"
+        What is mapped to the network's -1..1. With numbers, values outside raise an error; ``"data"``
+        takes the smallest and largest value of the training data.
+    batch_size : int or None
+        Slices per forward pass of `transform`; results do not depend on it by more than rounding. None =
+        by the size of a slice.
+    device : str or torch.device
+        ``"auto"`` = the first GPU, else the CPU.
+    random_state : int, RandomState or None
+    verbose : bool
+        Show a progress bar with the loss and the time left.
+
+    Attributes
+    ----------
+    network_ : AutoencoderKL
+    latent_shift_, latent_scale_ : ndarray of shape (latent_channels,)
+        A latent is ``(posterior mean - shift) * scale``: zero mean and unit variance per channel over the
+        brain of the training slices.
+    image_shape_ : tuple (C, H, W)
+    intensity_range_ : tuple (low, high)
+    history_ : list of dict
+        See `Trainer.optimise`.
+
+    Notes
+    -----
+    The loss is `madad.stages.ReconstructionObjective`. The paper's autoencoder is a kl-f8 (Rombach et
+    al., CVPR 2022), pretrained with perceptual and patch-adversarial terms and fine-tuned on healthy slices:
+    ``init=path, perceptual="efficientnet-lite0", adversarial_weight=0.5``. Published pipelines multiply
+    latents by one literal scale; here it is estimated.
+
+    With scikit-learn 1.9 or later ``set_callbacks`` takes its callbacks, ``ProgressBar()`` for one. The task
+    ``"fit"`` has a sub-task ``"epoch"`` for each record of ``history_``, which its end has as ``metadata``;
+    a callback that returns True there ends training in good order. ``fitted_estimator`` is given at the end
+    of ``"fit"`` only. Callbacks are no parameters, and are not pickled.
+    """
+
+    def __init__(
+        self,
+        size: str | AutoencoderConfig = "auto",
+        *,
+        latent_channels: int | None = None,
+        init=None,
+        pixel_loss: str = "l1",
+        kl_weight: float = 1e-6,
+        structure_weight: float = 1.0,
+        perceptual=None,
+        perceptual_weight: float = 0.1,
+        adversarial_weight: float = 0.0,
+        adversarial_start: int = 500,
+        learn_logvar: bool = False,
+        flip: bool = True,
+        augmentation: SliceAugmentation | None = None,
+        trainer: Trainer | None = None,
+        image_shape=None,
+        intensity_range=(0.0, 1.0),
+        batch_size: int | None = None,
+        device="auto",
+        random_state=None,
+        verbose: bool = False,
+    ):
+        self.size = size
+        self.latent_channels = latent_channels
+        self.init = init
+        self.pixel_loss = pixel_loss
+        self.kl_weight = kl_weight
+        self.structure_weight = structure_weight
+        self.perceptual = perceptual
+        self.perceptual_weight = perceptual_weight
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start = adversarial_start
+        self.learn_logvar = learn_logvar
+        self.flip = flip
+        self.augmentation = augmentation
+        self.trainer = trainer
+        self.image_shape = image_shape
+        self.intensity_range = intensity_range
+        self.batch_size = batch_size
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = []  # latents are float32 whatever the slices are
+        return tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "history_")
+
+    def fit(self, X, y=None, *, brain_mask=None, groups=None):
+        """Train on healthy slices.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, H, W), (n, C, H, W) or (n, n_features)
+            Values in ``intensity_range``, background 0. Any height and width: slices are padded with
+            background to a multiple of the network's factor. Flat rows are folded by ``image_shape``, by
+            the exact square root, or padded to the next square.
+        y : ignored
+        brain_mask : array-like of bool, shape of ``X`` without channels, optional
+            Where latent statistics are taken. None = where ``X`` > 0.
+        groups : array-like of shape (n,), optional
+            Subjects: all slices of one are held out for validation, or none.
+
+        Returns
+        -------
+        self
+        """
+        stack = self._check_fit_slices(X, brain_mask)
+        groups = stack.spread(groups)
+        shown = stack.rows_to_train_on(np.arange(len(stack)))
+        if len(shown) < len(stack):
+            stack, groups = stack.subset(shown), None if groups is None else groups[shown]
+        return self.fit_stack(stack, groups)
+
+    @with_callbacks
+    def fit_stack(self, stack: SliceStack, groups=None):
+        """`fit` on slices that are already checked."""
+        trainer = self.trainer if self.trainer is not None else Trainer()
+        trainer.check()
+        self.image_shape_, self.intensity_range_ = stack.image_shape, stack.intensity_range
+        self.n_features_in_ = int(np.prod(stack.values.shape[1:]))
+        device, batch_size = resolve_device(self.device), default_batch_size(*stack.image_shape[1:])
+        team, (weights_seed, training_seed) = self._begin(stack, 2)
+        train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, training_seed)
+        training, validation = stack.subset(train), stack.subset(held_out)
+        n_epochs = trainer.max_records(len(training), batch_size)
+        task = FitTask.of_fit(self, n_epochs, X=stack.selected) if team.leads else NO_TASK
+        self.network_, objective = self._start(training, weights_seed)
+        self.latent_shift_ = np.zeros(self.config_.latent_channels, np.float32)
+        self.latent_scale_ = np.ones(self.config_.latent_channels, np.float32)
+
+        def loss(trained, index, generator, step):
+            x = self.pad(self._vary(*self._network_images(training, index, device), generator))
+            return objective(trained, x, generator, step)
+
+        def validation_loss(trained, index, generator, step):
+            x = self.pad(self._network_images(validation, index, device)[0])
+            return objective.of_validation(trained, x)
+
+        trained = TrainedAutoencoder(self.network_, learn_logvar=self.learn_logvar).to(device)
+        identity = ""
+        if trainer.checkpoint_dir is not None and team.leads:
+            identity = self.identity(stack, groups)
+        with isolated_seed(training_seed), task.epochs(trainer) as watched:
+            self.history_ = watched.optimise(
+                trained,
+                loss,
+                len(training),
+                generator=generator_from(training_seed),
+                batch_size=batch_size,
+                rival=objective.discriminator,
+                rival_loss=objective.of_discriminator if objective.discriminator is not None else None,
+                validation_loss=validation_loss if len(validation) else None,
+                n_validation=len(validation),
+                identity=identity,
+                description="autoencoder",
+                verbose=self.verbose,
+            )
+        self._estimate_latent_scale(stack, team)
+        task.end_fit()
+        return self
+
+    def identity(self, stack: SliceStack, groups) -> str:
+        """A hash of data and settings, for checkpoints and caches."""
+        settings = self.get_params(deep=False) | {"trainer": None, "verbose": None, "device": None}
+        if self.init is None:
+            settings["size"] = self._config(stack.image_shape)  # what the name stands for
+        else:
+            settings["init"] = state_to_numpy(
+                load_autoencoder(self.init, image_channels=stack.image_shape[0])
+            )
+        return content_hash((settings, stack.digest, None if groups is None else np.asarray(groups)))
+
+    def transform(self, X) -> np.ndarray:
+        """Latents of slices: float32 (n, latent_channels, h, w), near zero mean and unit variance."""
+        stack = self._check_slices(X)
+        device, latents = self._to_device(), []
+        with inference(self.network_):
+            for index, n_valid in fixed_batches(len(stack), self.batch_size_of(device)):
+                mean, _ = self.encode(self.pad(to_network(stack.images(index), device)))
+                latents.append(mean[:n_valid].float().cpu().numpy())
+        return np.concatenate(latents)
+
+    def inverse_transform(self, Z) -> np.ndarray:
+        """Images of latents (n, latent_channels, h, w): float32 (n, H, W) or (n, C, H, W), in 0..1.
+
+        Values are on the network's scale: ``intensity_range_`` is mapped to 0..1.
+        """
+        check_is_fitted(self)
+        Z = as_numpy(Z).astype(np.float32)
+        expected = self.latent_shape_
+        if Z.ndim != 4 or Z.shape[1:] != expected or len(Z) == 0:
+            raise ValueError(
+                f"Z must have shape (n_samples, {', '.join(map(str, expected))}), got {Z.shape}. "
+                f"Use what transform returned."
+            )
+        device, images = self._to_device(), []
+        with inference(self.network_):
+            for index, n_valid in fixed_batches(len(Z), self.batch_size_of(device)):
+                images.append(to_images(self.decode(torch.from_numpy(Z[index]).to(device))[:n_valid]))
+        joined = np.concatenate(images)
+        return joined[:, 0] if self.image_shape_[0] == 1 else joined
+
+    @property
+    def config_(self) -> AutoencoderConfig:
+        """The fitted network's shape."""
+        return self.network_.config
+
+    @property
+    def latent_shape_(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        _, height, width = self.image_shape_
+        factor = self.config_.factor
+        return self.config_.latent_channels, -(-height // factor), -(-width // factor)
+
+    def batch_size_of(self, device: torch.device) -> int:
+        """The fixed number of slices per forward pass on a device."""
+        _, height, width = self.image_shape_
+        needed = self.config_.bytes_per_slice(height, width)
+        return self.batch_size or forward_batch_size(height, width, device, needed)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the scaled latents of padded network images."""
+        posterior = self.network_.encode(x)
+        shift, scale = self._shift_and_scale(x)
+        return (posterior.mean - shift) * scale, posterior.logvar + 2 * scale.log()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Network images (batch, C, H, W), cropped to the slices' size, of scaled latents."""
+        shift, scale = self._shift_and_scale(z)
+        _, height, width = self.image_shape_
+        return self.network_.decode(z / scale + shift)[..., :height, :width]
+
+    def _shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        as_column = (torch.as_tensor(getattr(self, name)).to(like.device) for name in LATENT_STATISTICS)
+        shift, scale = (value[:, None, None] for value in as_column)
+        return shift, scale
+
+    def _config(self, image_shape: tuple[int, int, int]) -> AutoencoderConfig:
+        size = self.size
+        if isinstance(size, str) and size == "auto":
+            longest = max(image_shape[1:])
+            size = next(name for name, limit in AUTO_SIZES if longest <= limit)
+        if isinstance(size, str) and size in AUTOENCODER_SIZES:
+            size = AUTOENCODER_SIZES[size]
+        if not isinstance(size, AutoencoderConfig):
+            raise ValueError(
+                f"size must be 'auto', one of {sorted(AUTOENCODER_SIZES)} or an AutoencoderConfig, "
+                f"got {size!r}. Use 'auto'."
+            )
+        channels = self.latent_channels or size.latent_channels
+        return replace(size, image_channels=image_shape[0], latent_channels=channels)
+
+    def _start(self, stack: SliceStack, seed: int) -> tuple[AutoencoderKL, ReconstructionObjective]:
+        """The network before training, on the device, and what it is trained for."""
+        device, channels = resolve_device(self.device), stack.image_shape[0]
+        with isolated_seed(seed):
+            if self.init is not None:
+                self.network_ = load_autoencoder(self.init, image_channels=channels)
+                self._check_latent_channels()
+            else:
+                self.network_ = AutoencoderKL(self._config(stack.image_shape))
+        if self.init is None and self.config_.linear_shortcut:
+            self._start_from_components(stack, seed)
+        perceptual = make_perceptual(self.perceptual) if self.perceptual_weight > 0 else None
+        discriminator = None
+        if self.adversarial_weight > 0:
+            with isolated_seed(seed + 1):
+                width = min(64, self.config_.base_channels)  # no wider than what it judges
+                discriminator = PatchDiscriminator(channels, width, norm_groups=math.gcd(32, 2 * width))
+                discriminator.to(device)
+        return self.network_.to(device), ReconstructionObjective(
+            self.pixel_loss,
+            self.kl_weight,
+            self.structure_weight,
+            perceptual.to(device) if isinstance(perceptual, nn.Module) else perceptual,
+            self.perceptual_weight,
+            discriminator,
+            self.adversarial_weight,
+            self.adversarial_start,
+        )
+
+    def _check_latent_channels(self) -> None:
+        if self.latent_channels not in (None, self.config_.latent_channels):
+            raise ValueError(
+                f"latent_channels must be None or those of init, {self.config_.latent_channels}, got "
+                f"{self.latent_channels!r}. Leave it at None."
+            )
+
+    def _network_images(
+        self, stack: SliceStack, index: Tensor, device: torch.device
+    ) -> tuple[Tensor, np.ndarray]:
+        """Network images of some samples, and their brain masks."""
+        rows = index.numpy()
+        return to_network(stack.images(rows), device), stack.brain(rows)
+
+    def _vary(self, x: Tensor, brain: np.ndarray, generator: torch.Generator) -> Tensor:
+        """Mirror half of the slices and augment most, as ``flip`` and ``augmentation`` say."""
+        if self.flip:
+            mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+            x = torch.where(mirrored.to(x.device), x.flip(-1), x)
+            if self.augmentation is not None:
+                brain = np.where(mirrored.numpy(), brain[..., ::-1], brain)
+        if self.augmentation is not None:
+            share = self.augmentation.n_copies / (self.augmentation.n_copies + 1)
+            copied = torch.rand(len(x), 1, 1, 1, generator=generator) < share
+            copies, _ = self.augmentation(x, torch.from_numpy(brain.copy()).to(x.device), generator)
+            x = torch.where(copied.to(x.device), copies, x)
+        return x
+
+    def score_report(self, X, *, brain_mask=None) -> dict[str, float]:
+        """How good the reconstructions and the latents of slices are.
+
+        Parameters
+        ----------
+        X, brain_mask :
+            As in `fit`; slices that were not trained on.
+
+        Returns
+        -------
+        dict
+            ``mae``, ``psnr``, ``ssim`` and ``high_frequency_ratio`` inside the brain, see
+            `madad.metrics.reconstruction_errors`; ``latent_mean`` and
+            ``latent_std`` over the latent positions that hold brain (0 and 1 on the training slices); and
+            ``dead_channels``, the share of latent channels that vary less between positions than the
+            posterior's own standard deviation: they say nothing about the slice.
+
+        Raises
+        ------
+        ImportError
+            Without scikit-image (extra ``report``).
+        """
+        stack, device = self._check_slices(X, brain_mask), self._to_device()
+        originals, copies = [], []
+        latents: list[Tensor] = []
+        variances: list[Tensor] = []
+        with inference(self.network_):
+            for index, n_valid in fixed_batches(len(stack), self.batch_size_of(device)):
+                x, brain = self._network_images(stack, torch.from_numpy(index), device)
+                mean, logvar = self.encode(self.pad(x))
+                originals.append(to_images(x[:n_valid]))
+                copies.append(to_images(self.decode(mean)[:n_valid]))
+                inside = self.brain_fraction(brain, device)[:n_valid, 0] > 0
+                for parts, values in ((latents, mean), (variances, logvar.exp())):
+                    parts.append(values[:n_valid].permute(0, 2, 3, 1)[inside].double().cpu())
+        z, variance = torch.cat(latents), torch.cat(variances)
+        brain = stack.brain(np.arange(len(stack)))[:, 0]
+        return reconstruction_errors(np.concatenate(originals), np.concatenate(copies), brain) | {
+            "latent_mean": float(z.mean()),
+            "latent_std": float(z.std()),
+            "dead_channels": float((z.var(dim=0) < variance.mean(dim=0)).double().mean()),
+        }
+
+    def _start_from_components(self, stack: SliceStack, seed: int) -> None:
+        """Give the network blocks of brain from up to `COMPONENT_SLICES` slices."""
+        rows = np.random.default_rng(seed).permutation(len(stack))[:COMPONENT_SLICES]
+        x = self.pad(to_network(stack.images(rows), torch.device("cpu")))
+        brain = self.brain_fraction(stack.brain(rows), torch.device("cpu"))
+        p = self.config_.factor
+        blocks = rearrange(x, "n c (h p) (w q) -> (n h w) c p q", p=p, q=p)
+        inside = blocks[brain.flatten() > 0]
+        self.network_.start_from_components(inside if len(inside) > 1 else blocks)
+
+    def _estimate_latent_scale(self, stack: SliceStack, team: Team) -> None:
+        """Zero mean and unit variance per channel, over the latent positions that hold brain."""
+        device = self._to_device()
+        # rows: the brain's latent positions, and all of them, which serve where no slice has brain
+        count, total, squares = torch.zeros(2, 1).double(), torch.zeros(()), torch.zeros(())
+        share = team.shares(len(stack))[team.rank]
+        own = stack.subset(np.arange(share.start, share.stop))
+        with inference(self.network_):
+            for index, n_valid in fixed_batches(len(own), self.batch_size_of(device)):
+                mean = self.network_.encode(self.pad(to_network(own.images(index), device))).mean[:n_valid]
+                brain = self.brain_fraction(own.brain(index), device)[:n_valid] > 0
+                everywhere = mean.double().permute(0, 2, 3, 1)
+                groups = (everywhere[brain[:, 0]], everywhere.flatten(0, 2))
+                count += torch.tensor([[len(values)] for values in groups])
+                total = total + torch.stack([values.sum(0) for values in groups])
+                squares = squares + torch.stack([values.square().sum(0) for values in groups])
+        sums = torch.stack(team.gather(torch.cat([count, total.cpu(), squares.cpu()], dim=1))).sum(0)
+        count, (total, squares) = sums[:, 0], sums[:, 1:].chunk(2, dim=1)
+        row = 0 if count[0] > 0 else 1
+        shift = total[row] / float(count[row])
+        spread = (squares[row] / float(count[row]) - shift.square()).clamp_min(0).sqrt()
+        self.latent_shift_ = shift.float().cpu().numpy()
+        self.latent_scale_ = (1 / spread.clamp_min(1e-6)).float().cpu().numpy()
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Pad network images with background to a multiple of the network's factor."""
+        return pad_with_background(x, self.config_.factor, BACKGROUND)
+
+    def brain_fraction(self, brain: np.ndarray, device: torch.device) -> Tensor:
+        """The share of brain in each latent position: (n, 1, H, W) -> (n, 1, h, w)."""
+        mask = torch.from_numpy(np.ascontiguousarray(brain, dtype=np.float32)).to(device)
+        factor = self.config_.factor
+        return F.avg_pool2d(pad_with_background(mask, factor, 0.0), factor)
+
+    def _to_device(self) -> torch.device:
+        device = resolve_device(self.device)
+        self.network_.to(device)
+        return device
+
+    def __getstate__(self):
+        """State with arrays in place of the network: no device, and the same bytes for the same weights."""
+        state = super().__getstate__().copy()
+        if "network_" in state:
+            network = state.pop("network_")
+            state["_packed_network"] = (network.config, state_to_numpy(network))
+        return state
+
+    def __setstate__(self, state):
+        state = dict(state)
+        packed = state.pop("_packed_network", None)
+        super().__setstate__(state)
+        if packed is not None:
+            config, arrays = packed
+            with isolated_seed(0):  # building a network draws weights
+                self.network_ = state_from_numpy(AutoencoderKL(config), arrays).eval()
+
+
+def shared_autoencoder(autoencoder, stack: SliceStack, intensity_range) -> LatentAutoencoder:
+    """An autoencoder that others use too, if it is fitted on slices of this shape and scale.
+
+    Parameters
+    ----------
+    autoencoder : LatentAutoencoder
+    stack : SliceStack
+        What it is to be used on.
+    intensity_range : (float, float) or "data"
+        Of the estimator that uses it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is something else, or fitted on other slices.
+    """
+    if not isinstance(autoencoder, LatentAutoencoder):
+        raise TypeError(
+            f"autoencoder must be FrozenEstimator(LatentAutoencoder) when it is shared, "
+            f"got {autoencoder!r}. Fit a LatentAutoencoder first."
+        )
+    check_is_fitted(autoencoder)
+    if autoencoder.image_shape_ != stack.image_shape:
+        raise ValueError(
+            f"autoencoder must be fitted on slices of shape {stack.image_shape}, "
+            f"got {autoencoder.image_shape_}. Fit it on slices of this size."
+        )
+    if "data" in (autoencoder.intensity_range, intensity_range):
+        if autoencoder.intensity_range_ != stack.intensity_range:
+            raise ValueError(
+                f"autoencoder must be fitted with intensity_range {stack.intensity_range}, "
+                f"got {autoencoder.intensity_range_}. Give both estimators the same numbers."
+            )
+    return autoencoder
