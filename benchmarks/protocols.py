@@ -72,7 +72,7 @@ class Protocol:
 
     @property
     def lesion_sizes(self) -> np.ndarray:
-        """Class of each test slice by its lesion: none, small, medium or large (METHOD, section 4)."""
+        """Class of each test slice by its lesion: none, small, medium or large (`size_strata`)."""
         masks = self.test.lesion_masks
         uncropped = self.grid_px / math.sqrt(masks[0].size)
         return size_strata(masks, reference_size=128 / uncropped)

@@ -15,7 +15,7 @@ SUMMARISED = ("max_dice_per_image", "max_dice_pooled", "calibrated_dice", "auprc
 COLUMNS = ("max_dice_per_image", "max_dice_pooled", "calibrated_dice", "auprc")
 HEADER = ("max Dice per image", "max Dice pooled", "calibrated Dice per image", "AUPRC")
 STRATA = ("small", "medium", "large")
-# METHOD, section 3: per cent Dice, S2 average
+# docs/method.md, "Published numbers": per cent Dice, setting 2, average
 PUBLISHED = {
     "map: image": 70.3,
     "map: latent": 68.6,

@@ -27,7 +27,7 @@ INFERENCE_KNOBS = (
 
 IMAGE_MAP_KNOBS = ("reference", "map_difference", "gamma")
 
-# The equations and choices of the paper; where it is silent, the original code's (METHOD, sections 1 and 2).
+# The paper's choices; where it is silent the original code's (docs/method.md, "What the paper leaves open").
 _PAPER = {
     "autoencoder": "kl-f8",
     "autoencoder_training": {"max_epochs": 100, "learning_rate": 1e-4},
@@ -55,7 +55,7 @@ _PAPER = {
     "smoothing_px": None,
 }
 
-# What the published code does where it differs from its paper (METHOD, section 2).
+# What the published code does instead (docs/method.md, "Where the code differs").
 _ORIGINAL = _PAPER | {
     "denoiser": replace(UNET_SIZES["L"], dropout=0.4),
     "denoiser_training": {"max_epochs": 200, "batch_size": 96, "learning_rate": 4e-5, "ema_decay": 0.0},

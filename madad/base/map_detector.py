@@ -193,7 +193,7 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
                 )
 
     def _calibrate(self, stack: SliceStack, healthy: np.ndarray, team: Team = ALONE) -> None:
-        """Both thresholds, from the maps of held-out healthy slices (DESIGN, decision 6).
+        """Both thresholds, from the maps of held-out healthy slices: of lesions a user has no examples.
 
         Each process of a team maps its share of the samples, and has what is measured of all.
         """

@@ -121,7 +121,7 @@ class _MaskedSampler:
 
 @dataclass(frozen=True)
 class MaskedDDIM(_MaskedSampler):
-    """Masked DDIM (METHOD, section 1; Song et al., ICLR 2021).
+    """Masked DDIM (`docs/method.md`, "Masked DDIM"; Song et al., ICLR 2021).
 
     Parameters
     ----------
@@ -143,8 +143,8 @@ class MaskedDDIM(_MaskedSampler):
     ``eps_hat = (z_t - sqrt(ab_t) z0_hat) / sqrt(1 - ab_t)``;
     ``sigma_t = eta sqrt((1 - ab_{t-1}) / (1 - ab_t)) sqrt(1 - ab_t / ab_{t-1})``;
     ``z_{t-1} = sqrt(ab_{t-1}) z0_hat + sqrt(1 - ab_{t-1} - sigma_t^2) eps_hat + sigma_t eps`` where flagged.
-    As in the original code, a position flagged early but not later keeps a partly noised latent (METHOD,
-    section 2, row 11).
+    As in the original code, a position flagged early but not later keeps a partly noised latent
+    (`docs/method.md`, "Where the code differs", row 11).
     The steps can only shift tissue back by what the network takes for its corruption, and much of a lesion
     stays. Repainting takes away all of it: ``z_0 = B(mean f_M) f_z0((1 - B(mean f_M)) z_T, T) + (1 -
     B(mean f_M)) z_T``, where 0 is the mean of healthy latents. The network must have been trained with
@@ -162,7 +162,7 @@ class MaskedDDIM(_MaskedSampler):
 
 @dataclass(frozen=True)
 class MaskedDDPM(_MaskedSampler):
-    """Masked ancestral sampling from the DDPM posterior (METHOD, section 1).
+    """Masked ancestral sampling from the DDPM posterior (`docs/method.md`, "The DDPM posterior").
 
     Parameters
     ----------

@@ -92,7 +92,7 @@ class NoiseSchedule:
         raise ValueError(f"spacing must be 'leading' or 'trailing', got {spacing!r}. Use 'leading'.")
 
     def add_noise(self, z0: Tensor, fill: Tensor, noise_mask: Tensor, t: Tensor) -> Tensor:
-        """The masked forward process (METHOD, section 1).
+        """The masked forward process: `docs/method.md`, "The masked forward process".
 
         ``z_t = M (sqrt(ab_t) z0 + sqrt(1 - ab_t) fill) + (1 - M) z0``; with Gaussian ``fill`` it is the
         paper's.

@@ -32,7 +32,8 @@ def image_map(
     gamma : float or None
         Clip, on that scale. None or infinity = no clipping: divided by the largest difference there can be.
     difference : {"absolute", "squared", "relative"}
-        ``"squared"`` is the paper's, ``"absolute"`` the original code's (METHOD, section 2, row 9).
+        ``"squared"`` is the paper's, ``"absolute"`` the original code's (`docs/method.md`, "Where the code
+        differs", row 9).
         ``"relative"``, ours, is the absolute one divided by ``1 + s / 0.06``, with ``s`` the local standard
         deviation of the restored image: where healthy anatomy has much contrast, as in the cortex, a
         restoration is less certain than in the white matter, and the same difference means less.

@@ -61,8 +61,8 @@ class UNetConfig:
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
 
-# XS to XL are the original's (METHOD, section 2, row 15): attention everywhere. Its 12 heads for XL divide
-# none of that network's widths; 10 do, and the number of heads changes no parameter count.
+# XS to XL are the original's (docs/method.md, "Where the code differs", row 15): attention everywhere. Its 12
+# heads for XL divide none of that network's widths; 10 do, and the number of heads changes no parameter count.
 UNET_SIZES: dict[str, UNetConfig] = {
     "tiny": UNetConfig(
         base_channels=8,

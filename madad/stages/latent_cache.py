@@ -74,7 +74,7 @@ class RowsOnDisk:
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Everything the denoiser is trained on, computed once (DESIGN, decision 4).
+    """Everything the denoiser is trained on, computed once: encoding a slice at each step would take far longer.
 
     Attributes
     ----------

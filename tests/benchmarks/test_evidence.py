@@ -289,7 +289,7 @@ def test_ablation_end_to_end(whole, copied, monkeypatch):
     assert head[-1] == "published" and [line[0] for line in lines] == list(report["rows"])
     assert all(len(line) == len(head) for line in lines)
     published = {line[0]: line[-1] for line in lines if line[-1]}
-    assert published == {"map: mean mask": "63.6"}  # METHOD, section 3
+    assert published == {"map: mean mask": "63.6"}  # docs/method.md, "Published numbers"
     assert lines[0][1] == f"{defaults['max_dice_per_image']['mean']:.3f}"
     assert lines[-1][4:] == [""] * 4  # trained in our way only
 
