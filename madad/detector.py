@@ -79,20 +79,23 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         What fills masked latents in training: Gaussian noise (the paper) or a mixture of nothing, foreign
         latents and smooth offsets.
     mask_shape : {"patches", "blobs", "either"} or None
-        Shape of the masked regions; patches are the paper's.
+        Shape of the masked regions: the paper's patches, blobs as lesions are, or for each slice one of them.
     mask_ratio : float, (float, float) or None
         Share of masked positions, drawn uniformly per slice; one number means (0, number). The area of
         blobs goes with its upper end.
     mask_patch_sizes, mask_patch_probabilities : tuple or None
         Sides of the patches in latent positions, and how likely each is.
     brain_rule : {"paper", "original"} or None
-        See `madad.diffusion.masking.restrict_to_brain`.
+        Which positions may be masked: all with some brain, or those of blocks that are nearly all brain; see
+        `madad.diffusion.masking.restrict_to_brain`.
     mask_loss : {"bce", "mse"} or None
-        Loss of the mask head.
+        Loss of the mask head: binary cross-entropy (the paper) or the squared error of the probability (the
+        original code).
     mask_loss_weight : float or None
-        lambda. Trainings of less than a thousand steps do better with 1 than with the 0.1 of ``"small"``.
+        Weight of the mask head's loss, lambda in the paper; 0 or more. Trainings of less than a thousand
+        steps do better with 1 than with the 0.1 of ``"small"``.
     n_timesteps : int or None
-        T.
+        Number of times T of the forward process; the paper's is 10.
     n_steps : int or None
         Steps of the sampler, 1..T.
     eta : float or None
@@ -110,7 +113,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     reference : {"reconstruction", "input"} or None
         What the restored image is compared with: D(E(x)) (the original code) or x (the paper).
     map_difference : {"absolute", "squared", "relative"} or None
-        Of the image map; see `madad.maps.image_map`.
+        How the image map measures a difference; see `madad.maps.image_map`.
     gamma : float or None
         Clip of the image map (not of the others) on the network's scale of -1..1; ``math.inf`` = no clipping.
     smoothing : {"gaussian", "guided"} or None
@@ -128,7 +131,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     image_shape : (H, W) or (C, H, W) or None
         What flat rows are folded to; None = the exact square, or the next one.
     intensity_range : (float, float) or "data"
-        See `LatentAutoencoder`.
+        What background and the brightest value are; see `LatentAutoencoder`.
     memory : None, str or joblib.Memory
         Caches the two training stages, so that a search over inference parameters trains once per fold.
         Latents of more than 2 GiB (`madad.stages.latent_cache.LARGE_CACHE`) are in a file there while
@@ -145,13 +148,16 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     device : str or torch.device
         ``"auto"`` = the first GPU, else the CPU.
     random_state : int, RandomState or None
+        Seed of all draws: held-out slices, weights, masks and noise. None = another one at each ``fit``.
     verbose : bool
-        Progress bars with loss and time left for each stage.
+        Show a progress bar with loss and time left for each stage.
 
     Attributes
     ----------
     autoencoder_ : LatentAutoencoder
+        The fitted first stage.
     denoiser_ : MaskedUNet
+        The fitted second stage, or a trained copy of the module that ``denoiser`` is.
     calibration_rows_ : ndarray of int
         The samples given to ``fit`` that were held out; not saved.
     offset_ : float
@@ -292,7 +298,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
             volume are held out or none, and it has one score.
         y : ignored
         brain_mask : array-like of bool, shape of ``X`` without channels, optional
-            None = where ``X`` > 0.
+            True = brain. None = where ``X`` is above the background.
         groups : array-like of shape (n,), optional
             Subjects: all samples of one are held out for calibration, or none.
 
@@ -330,6 +336,11 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         """The pseudo-healthy slices: float32 in 0..1, shape of ``X``, 0 outside the brain.
 
         ``intensity_range_`` is what 0..1 stands for.
+
+        Parameters
+        ----------
+        X, brain_mask :
+            As in `predict_maps`.
         """
         stack = self._check_slices(X, brain_mask)
         shown = stack.rows_with_brain()

@@ -95,6 +95,34 @@ def faults_of(documented, is_for_users):
                 yield f"{name} is neither listed nor named in the text"
 
 
+def planted(a, b, c):
+    """Return nothing.
+
+    Parameters
+    ----------
+    a : int
+        T.
+    b, d : int
+        How many of them there are.
+
+    Raises
+    ------
+    ValueError
+    """
+
+
+def test_planted_faults_are_found():
+    assert set(faults_of(planted, is_for_users=True)) == {
+        "c is not in the list",
+        "d is listed, and the signature lacks it",
+        "a has no description",
+        "Raises: nothing says when ValueError is",
+    }
+    planted.__doc__ = "Of `a` and ``b + 1``."
+    assert list(faults_of(planted, is_for_users=True)) == ["c is neither listed nor named in the text"]
+    assert not list(faults_of(planted, is_for_users=False))
+
+
 @pytest.fixture(scope="module")
 def for_users():
     return imported_by_users()

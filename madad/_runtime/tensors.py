@@ -67,8 +67,9 @@ def forward_batch_size(height: int, width: int, device: torch.device, bytes_per_
     Parameters
     ----------
     height, width : int
-        Of a slice.
+        Sides of a slice in pixels.
     device : torch.device
+        Where the networks run.
     bytes_per_slice : int
         Memory that a network needs for each slice.
     """

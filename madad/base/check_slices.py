@@ -29,6 +29,8 @@ def check_slices(
         instead of (0, 1). ``"data"`` takes the smallest and largest value of ``X``; later data may exceed it.
     brain_mask : array-like of bool, optional
         True = brain; shape of ``X`` without channels.
+    input_name : str
+        What errors call ``X``.
 
     Raises
     ------

@@ -66,6 +66,11 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         Needed after ``set_params`` changed a parameter of the maps: thresholds of ``fit`` then no longer fit.
         With a numeric ``contamination``, ``offset_`` is the quantile of these slices' scores.
 
+        Parameters
+        ----------
+        X, brain_mask :
+            As in `predict_maps`.
+
         Returns
         -------
         self
@@ -77,6 +82,13 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
     def predict_maps(self, X, *, brain_mask=None) -> np.ndarray:
         """Anomaly maps, float32 in 0..1, higher = more anomalous, 0 outside the brain.
 
+        Parameters
+        ----------
+        X : array-like, as in ``fit``
+            Slices or volumes in any of the layouts of ``fit``, of the height, width and channels that it saw.
+        brain_mask : array-like of bool, shape of ``X`` without channels, optional
+            True = brain. None = where ``X`` is above the background.
+
         Returns
         -------
         ndarray of shape (n, H, W); (n, D, H, W) for volumes, (n, n_pixels) for flat rows
@@ -86,29 +98,59 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         return self._gathered(self._check_slices(X, brain_mask), np.float32, np.asarray)
 
     def predict_masks(self, X, *, brain_mask=None) -> np.ndarray:
-        """Pixels whose map reaches ``map_threshold_``: bool, shape as `predict_maps`."""
+        """Pixels whose map reaches ``map_threshold_``: bool, shape as `predict_maps`.
+
+        Parameters
+        ----------
+        X, brain_mask :
+            As in `predict_maps`.
+        """
         check_is_fitted(self)
         self._warn_if_stale()
         threshold = np.float32(self.map_threshold_)
         return self._gathered(self._check_slices(X, brain_mask), bool, lambda maps: maps >= threshold)
 
     def score_samples(self, X, *, brain_mask=None) -> np.ndarray:
-        """Score of each sample, (n,): higher = more normal; minus the pooled map of the slice or volume."""
+        """Score of each sample, (n,): higher = more normal; minus the pooled map of the slice or volume.
+
+        Parameters
+        ----------
+        X, brain_mask :
+            As in `predict_maps`.
+        """
         stack = self._check_slices(X, brain_mask)
         return self._score_stack(stack)
 
     def decision_function(self, X, *, brain_mask=None) -> np.ndarray:
-        """``score_samples - offset_``: negative = anomalous."""
+        """``score_samples - offset_``: negative = anomalous.
+
+        Parameters
+        ----------
+        X, brain_mask :
+            As in `predict_maps`.
+        """
         check_is_fitted(self)
         self._warn_if_stale()
         return self.score_samples(X, brain_mask=brain_mask) - self.offset_
 
     def predict(self, X, *, brain_mask=None) -> np.ndarray:
-        """+1 for normal samples, -1 for anomalous ones."""
+        """+1 for normal samples, -1 for anomalous ones.
+
+        Parameters
+        ----------
+        X, brain_mask :
+            As in `predict_maps`.
+        """
         return np.where(self.decision_function(X, brain_mask=brain_mask) < 0, -1, 1)
 
     def fit_predict(self, X, y=None, *, brain_mask=None, groups=None) -> np.ndarray:
-        """`fit`, then `predict` of the same slices."""
+        """`fit`, then `predict` of the same slices.
+
+        Parameters
+        ----------
+        X, y, brain_mask, groups :
+            As in ``fit``.
+        """
         return self.fit(X, y, brain_mask=brain_mask, groups=groups).predict(X, brain_mask=brain_mask)
 
     def save(self, path, *, card: ModelCard | None = None) -> None:
@@ -131,7 +173,7 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
 
     @classmethod
     def load(cls, path) -> Self:
-        """Read what `save` wrote; works on any device (``device="auto"``).
+        """Read the detector that `save` wrote to ``path``; works on any device (``device="auto"``).
 
         Raises
         ------

@@ -29,6 +29,7 @@ class SliceStack:
     values : ndarray of shape (n, H, W), (n, C, H, W), (n, C, D, H, W) or (n, n_features)
         As the user gave them, possibly a memory map.
     image_shape : tuple (C, H, W)
+        Channels, height and width of a slice.
     intensity_range : tuple (low, high)
         What is mapped to 0..1.
     brain_mask : ndarray of bool with the axes of ``values`` without channels, or None

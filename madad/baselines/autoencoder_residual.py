@@ -38,10 +38,10 @@ class AutoencoderResidual(RestoringBaseline):
         An estimator to be cloned and fitted, or ``FrozenEstimator(fitted)`` to share one. None = 4 numbers
         for each block of 16 x 16 pixels, trained with the L1 loss.
     variational : bool
-        Of the default autoencoder: a KL divergence that matters; see Notes. An autoencoder that is given
+        Give the default autoencoder a KL divergence that matters; see Notes. An autoencoder that is given
         has a ``kl_weight`` of its own.
     trainer : Trainer or None
-        Of the default autoencoder. None = 3000 steps of 16 slices.
+        Trains the default autoencoder. None = 3000 steps of 16 slices.
     smoothing_px : float or None
         Standard deviation of the Gaussian over the map; None = 5 px at 256, scaled to the slice's size.
     contamination, image_specificity, pixel_specificity, calibration_fraction :
@@ -52,6 +52,7 @@ class AutoencoderResidual(RestoringBaseline):
     Attributes
     ----------
     autoencoder_ : LatentAutoencoder
+        The fitted one, or the one that is shared.
     offset_, map_threshold_, calibration_rows_, image_shape_, intensity_range_, n_features_in_ :
         See `madad.MaskedDiffusionAnomalyDetector`.
 

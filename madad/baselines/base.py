@@ -36,8 +36,16 @@ class Baseline(AnomalyMapDetector):
     def fit(self, X, y=None, *, brain_mask=None, groups=None):
         """Train on healthy slices and calibrate the thresholds on held-out ones.
 
-        Parameters and returns as `madad.MaskedDiffusionAnomalyDetector.fit`; with the same ``random_state``
-        the same slices are held out.
+        With the same ``random_state`` all detectors hold the same slices out.
+
+        Parameters
+        ----------
+        X, y, brain_mask, groups :
+            As in `madad.MaskedDiffusionAnomalyDetector.fit`.
+
+        Returns
+        -------
+        self
         """
         vars(self).pop("calibrated_with_", None)  # not fitted any more, until all is done
         stack = self._check_fit_slices(X, brain_mask)
@@ -90,7 +98,13 @@ class RestoringBaseline(Baseline):
     """
 
     def restore(self, X, *, brain_mask=None) -> np.ndarray:
-        """The pseudo-healthy slices: float32 in 0..1, shape of ``X``, 0 outside the brain."""
+        """The pseudo-healthy slices: float32 in 0..1, shape of ``X``, 0 outside the brain.
+
+        Parameters
+        ----------
+        X, brain_mask :
+            As in `predict_maps`.
+        """
         stack = self._check_slices(X, brain_mask)
         batches = self._network_batches(stack)
         restored = ((self._restored(x, brain)[:n].cpu().numpy(), brain[:n]) for x, brain, n in batches)

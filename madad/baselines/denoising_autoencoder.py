@@ -23,7 +23,7 @@ class DenoisingAutoencoder(UNetBaseline):
     denoiser : str or UNetConfig
         The U-Net: a name in `madad.nn.UNET_SIZES`, which reads blocks of 4 pixels, or a shape.
     trainer : Trainer or None
-        None = 3000 steps of 16 slices.
+        Trains the U-Net. None = 3000 steps of 16 slices.
     noise_std : float
         Standard deviation of the noise before it is stretched, on images in 0..1.
     noise_resolution : int
@@ -141,6 +141,7 @@ def coarse_noise(shape, resolution: int, generator: torch.Generator) -> Tensor:
     Parameters
     ----------
     shape : (n, C, H, W)
+        How many slices, channels and pixels.
     resolution : int
         Grid points along the longer side.
     generator : torch.Generator

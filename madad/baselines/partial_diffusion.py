@@ -328,6 +328,7 @@ def guidance(difference: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     difference : ndarray of shape (n, H, W), 0 or more
+        Between the slices and what the network estimates; its scale does not matter.
 
     Returns
     -------

@@ -194,7 +194,9 @@ def greedy_coreset(features: np.ndarray, n: int, rng: np.random.Generator) -> np
     Parameters
     ----------
     features : ndarray of shape (n_rows, n_channels), float32
+        One feature vector in each row.
     n : int
+        Rows to choose; more of them cover the others more closely.
     rng : numpy.random.Generator
         Draws the projection and the first row.
 

@@ -31,7 +31,7 @@ def simplex_noise(
     n : int
         Number of fields.
     height, width : int
-        In pixels.
+        Sides of a field in pixels.
     generator : torch.Generator
         On the CPU. Draws for each octave two offsets, then all directions.
     octaves : int

@@ -25,7 +25,7 @@ class RandomPatches:
     sizes : tuple of int
         Heights and widths of the cells, in latent positions, drawn independently of each other.
     size_probabilities : tuple of float or None
-        Their probabilities; None = equal, as in the paper. The original code has .2 .3 .3 .2.
+        How likely each size is; None = equal, as in the paper. The original code has .2 .3 .3 .2.
 
     Notes
     -----
@@ -43,7 +43,17 @@ class RandomPatches:
     def draw(
         self, n: int, h: int, w: int, generator: torch.Generator, weight: Tensor | None = None
     ) -> Tensor:
-        """Noise masks, float (n, 1, h, w), 1 = noised; the grid does not heed ``weight``."""
+        """Noise masks, float (n, 1, h, w), 1 = noised.
+
+        Parameters
+        ----------
+        n, h, w : int
+            Number of masks, and their height and width in latent positions.
+        generator : torch.Generator
+            Source of the draws, on the CPU.
+        weight : Tensor of shape (n, 1, h, w), 0 or more, optional
+            Ignored: a grid has no centres to be drawn.
+        """
         sizes = torch.tensor(self.sizes)
         weights = torch.tensor(self.size_probabilities or [1.0] * len(self.sizes))
         height, width = sizes[torch.multinomial(weights, 2 * n, True, generator=generator)].view(2, n)
@@ -74,14 +84,24 @@ class RandomBlobs:
 
     @classmethod
     def of_ratio(cls, ratio: float | tuple[float, float]) -> RandomBlobs:
-        """Blobs whose area goes with the upper end of a mask ratio; 0.4 gives the default radii."""
+        """Blobs whose area goes with the upper end of ``ratio``, a mask ratio; 0.4 gives the default."""
         scale = max(_ratio_range(ratio)[1] / 0.4, 1e-6) ** 0.5
         return cls(radius=(cls.radius[0] * scale, cls.radius[1] * scale))
 
     def draw(
         self, n: int, h: int, w: int, generator: torch.Generator, weight: Tensor | None = None
     ) -> Tensor:
-        """Noise masks, float (n, 1, h, w), 1 = noised; centres are drawn in proportion to ``weight``."""
+        """Noise masks, float (n, 1, h, w), 1 = noised.
+
+        Parameters
+        ----------
+        n, h, w : int
+            Number of masks, and their height and width in latent positions.
+        generator : torch.Generator
+            Source of the draws, on the CPU.
+        weight : Tensor of shape (n, 1, h, w), 0 or more, optional
+            How likely the centre of a blob is at each position, up to a factor. None = the same everywhere.
+        """
         low, high = self.n_blobs
         count = torch.randint(low, high + 1, (n, 1, 1), generator=generator)
         rows, columns = torch.arange(h).float()[:, None], torch.arange(w).float()[None, :]
@@ -104,8 +124,10 @@ class EitherMask:
 
     Parameters
     ----------
-    patches, blobs :
-        The two.
+    patches : RandomPatches
+        What draws the mask of patches.
+    blobs : RandomBlobs
+        What draws the mask of blobs.
     blob_share : float
         Probability of a blob mask.
     """
@@ -117,7 +139,13 @@ class EitherMask:
     def draw(
         self, n: int, h: int, w: int, generator: torch.Generator, weight: Tensor | None = None
     ) -> Tensor:
-        """Noise masks, float (n, 1, h, w), 1 = noised."""
+        """Noise masks, float (n, 1, h, w), 1 = noised.
+
+        Parameters
+        ----------
+        n, h, w, generator, weight :
+            As in `RandomBlobs.draw`.
+        """
         patches = self.patches.draw(n, h, w, generator)
         blobs = self.blobs.draw(n, h, w, generator, weight)
         choose_blob = torch.rand(n, 1, 1, 1, generator=generator) < self.blob_share
@@ -130,6 +158,7 @@ def restrict_to_brain(noise_mask: Tensor, brain_fraction: Tensor, rule: str = "p
     Parameters
     ----------
     noise_mask : Tensor of shape (batch, 1, h, w)
+        1 = noised, as a mask's ``draw`` gives it.
     brain_fraction : Tensor of shape (batch, 1, h, w), in 0..1
         The share of each latent position's pixels that are brain.
     rule : {"paper", "original"}

@@ -24,6 +24,15 @@ def masked_diffusion_loss(
     ``|| z0 - z0_hat ||^2`` as a mean over values, and the mask term between M and f_M: ``"bce"`` is binary
     cross-entropy (the paper), ``"mse"`` the squared error of the probability (the original code).
 
+    Parameters
+    ----------
+    z0, z0_hat : Tensor of shape (batch, c, h, w)
+        The clean latents, and what the network takes them to be.
+    noise_mask, noise_logit : Tensor of shape (batch, 1, h, w)
+        1 = noised, and the mask head's output before the sigmoid.
+    mask_loss : {"bce", "mse"}
+        Which of the two terms above the mask head has.
+
     Returns
     -------
     z0_loss, mask_loss : Tensor of shape (batch,)
@@ -45,15 +54,17 @@ class MaskedDiffusionObjective:
     Parameters
     ----------
     schedule : NoiseSchedule
+        How much of the clean latent is left at each time.
     masking : RandomPatches, RandomBlobs or EitherMask
         Anything with ``draw(n, h, w, generator, weight)``; ``weight`` (n, 1, h, w) is the share of brain.
     corruption : Corruption
         What fills the masked positions.
     brain_rule : {"paper", "original"}
-        See `restrict_to_brain`.
+        Which positions may be noised; see `restrict_to_brain`.
     mask_loss : {"bce", "mse"}
+        Loss of the mask head; see `masked_diffusion_loss`.
     mask_loss_weight : float
-        lambda.
+        Weight of the mask head's loss, lambda in the paper; 0 or more.
     """
 
     schedule: NoiseSchedule
@@ -76,6 +87,15 @@ class MaskedDiffusionObjective:
     def noise(self, z0: Tensor, brain_fraction: Tensor, generator: torch.Generator):
         """Noise clean latents.
 
+        Parameters
+        ----------
+        z0 : Tensor of shape (batch, c, h, w)
+            Clean latents of unit variance.
+        brain_fraction : Tensor of shape (batch, 1, h, w), in 0..1
+            The share of each latent position's pixels that are brain.
+        generator : torch.Generator
+            Source of masks, times and fills, on the CPU.
+
         Returns
         -------
         z_t, noise_mask, t : Tensor of shape (batch, c, h, w), (batch, 1, h, w) and (batch,)
@@ -90,7 +110,15 @@ class MaskedDiffusionObjective:
     def __call__(
         self, unet: nn.Module, z0: Tensor, brain_fraction: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of a batch of clean latents, and its two terms by name."""
+        """The mean loss of a batch of clean latents, and its two terms by name.
+
+        Parameters
+        ----------
+        unet : callable (z_t, t) -> (z0_hat, noise_logit)
+            The network that is trained, `madad.nn.MaskedUNet` for one.
+        z0, brain_fraction, generator :
+            As in `noise`, which is called first.
+        """
         z_t, noise_mask, t = self.noise(z0, brain_fraction, generator)
         z0_hat, noise_logit = unet(z_t, t)
         z0_loss, mask_term = masked_diffusion_loss(

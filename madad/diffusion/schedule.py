@@ -22,7 +22,7 @@ class NoiseSchedule:
     Attributes
     ----------
     n_timesteps : int
-        T.
+        Number of times, T in the paper.
     beta, alpha, alpha_bar : Tensor of shape (T + 1,), float64
         Indexed by t; ``beta[0] = 0`` and ``alpha[0] = alpha_bar[0] = 1``, so that the last step needs no
         special case. ``alpha = 1 - beta``, ``alpha_bar[t] = prod(alpha[:t + 1])``.
@@ -49,7 +49,8 @@ class NoiseSchedule:
     def cosine(cls, n_timesteps: int = 10) -> NoiseSchedule:
         """Nichol & Dhariwal (ICML 2021), the original's choice: alpha_bar falls as a squared cosine.
 
-        ``beta_t = min(1 - g(t / T) / g((t - 1) / T), 0.999)``, ``g(u) = cos((u + 0.008) / 1.008 pi / 2)^2``.
+        ``beta_t = min(1 - g(t / T) / g((t - 1) / T), 0.999)``, ``g(u) = cos((u + 0.008) / 1.008 pi / 2)^2``,
+        where T is ``n_timesteps``, 1 or more.
         """
         _check_n_timesteps(n_timesteps)
 
@@ -62,6 +63,13 @@ class NoiseSchedule:
     @classmethod
     def linear(cls, n_timesteps: int = 1000, first: float | None = None, last: float | None = None):
         """Ho et al. (NeurIPS 2020): beta from 1e-4 to 0.02 at T = 1000, scaled by 1000 / T for other T.
+
+        Parameters
+        ----------
+        n_timesteps : int
+            Number of times, T in the paper.
+        first, last : float or None
+            beta_1 and beta_T, between which beta is linear. None = those above, scaled.
 
         Raises
         ------
@@ -77,8 +85,8 @@ class NoiseSchedule:
     def timesteps(self, n_steps: int, spacing: str = "leading") -> list[int]:
         """The times that a sampler of ``n_steps`` steps visits, descending.
 
-        ``"leading"`` is the original's choice (T = 10, five steps: 9 7 5 3 1); ``"trailing"`` starts at T
-        (10 8 6 4 2), as taking the test latent for z_T suggests.
+        A ``spacing`` of ``"leading"`` is the original's choice (T = 10, five steps: 9 7 5 3 1);
+        ``"trailing"`` starts at T (10 8 6 4 2), as taking the test latent for z_T suggests.
         """
         T = self.n_timesteps
         if not 1 <= n_steps <= T:
@@ -100,9 +108,11 @@ class NoiseSchedule:
         Parameters
         ----------
         z0, fill : Tensor of shape (batch, c, h, w)
+            Clean latents, and what the masked positions are mixed with.
         noise_mask : Tensor of shape (batch, 1, h, w)
-            1 = noised.
+            1 = noised, 0 = kept as it is.
         t : Tensor of shape (batch,), integers in 1..T
+            Time of each sample; the later, the less is left of ``z0``.
         """
         ab = self.alpha_bar.to(z0.device)[t].to(z0.dtype)[:, None, None, None]
         return torch.where(noise_mask.bool(), ab.sqrt() * z0 + (1 - ab).sqrt() * fill, z0)

@@ -7,13 +7,25 @@ from madad.metrics._pixels import Pixels, check_classes, validated
 
 
 def auprc(lesion_masks: ArrayLike, anomaly_maps: ArrayLike, brain_masks: ArrayLike | None = None) -> float:
-    """Average precision (0..1) over the pixels of all slices; there must be lesion and healthy pixels."""
+    """Average precision (0..1) over the pixels of all slices; there must be lesion and healthy pixels.
+
+    Parameters
+    ----------
+    lesion_masks, anomaly_maps, brain_masks : array-like of shape (n, H, W)
+        See `madad.metrics`.
+    """
     pixels = validated(lesion_masks, anomaly_maps, brain_masks)
     return float(average_precision_score(*_two_classes(pixels)))
 
 
 def auroc(lesion_masks: ArrayLike, anomaly_maps: ArrayLike, brain_masks: ArrayLike | None = None) -> float:
-    """Area under the ROC curve (0..1) over the pixels of all slices; otherwise as `auprc`."""
+    """Area under the ROC curve (0..1) over the pixels of all slices; otherwise as `auprc`.
+
+    Parameters
+    ----------
+    lesion_masks, anomaly_maps, brain_masks : array-like of shape (n, H, W)
+        See `madad.metrics`.
+    """
     pixels = validated(lesion_masks, anomaly_maps, brain_masks)
     return float(roc_auc_score(*_two_classes(pixels)))
 

@@ -12,7 +12,15 @@ DECIMALS = 12
 
 
 class MaxDice(NamedTuple):
-    """Largest Dice (0..1) and the threshold, in units of the map, that reaches it."""
+    """The best that a threshold can do.
+
+    Attributes
+    ----------
+    dice : float
+        Largest Dice, 0..1; higher = closer to the truth.
+    oracle_threshold : float
+        The threshold that reaches it, in units of the map.
+    """
 
     dice: float
     oracle_threshold: float
@@ -66,7 +74,13 @@ def max_dice_pooled(
     *,
     n_thresholds: int | None = None,
 ) -> MaxDice:
-    """Largest Dice over the pixels of all slices together; otherwise as `max_dice_per_image`."""
+    """Largest Dice over the pixels of all slices together; otherwise as `max_dice_per_image`.
+
+    Parameters
+    ----------
+    lesion_masks, anomaly_maps, brain_masks, n_thresholds :
+        As in `max_dice_per_image`; slices without a lesion count too.
+    """
     pixels = validated(lesion_masks, anomaly_maps, brain_masks, needs_lesion=True)
     return _highest(*_dice_curve(*pixels), n_thresholds)
 
@@ -74,7 +88,15 @@ def max_dice_pooled(
 def dice_per_image(
     lesion_masks: ArrayLike, anomaly_maps: ArrayLike, threshold: float, brain_masks: ArrayLike | None = None
 ) -> NDArray[np.float64]:
-    """Dice (n,) of each slice at a threshold on the maps' scale; 0..1, NaN without a lesion pixel."""
+    """Dice (n,) of each slice at a threshold on the maps' scale; 0..1, NaN without a lesion pixel.
+
+    Parameters
+    ----------
+    lesion_masks, anomaly_maps, brain_masks : array-like of shape (n, H, W)
+        See `madad.metrics`.
+    threshold : float
+        Pixels whose map reaches it are predicted to be lesion.
+    """
     return dice_of_each(validated(lesion_masks, anomaly_maps, brain_masks), threshold)
 
 
@@ -86,7 +108,15 @@ def dice_at_threshold(
     *,
     average: Literal["image", "pooled"] = "image",
 ) -> float:
-    """Dice (0..1) at a threshold: mean over slices with a lesion ("image") or over all pixels ("pooled")."""
+    """Dice (0..1) at one threshold.
+
+    Parameters
+    ----------
+    lesion_masks, anomaly_maps, threshold, brain_masks :
+        As in `dice_per_image`.
+    average : {"image", "pooled"}
+        The mean over slices with a lesion, or the Dice over all pixels together.
+    """
     if average not in ("image", "pooled"):
         raise ValueError(f'average must be "image" or "pooled", got {average!r}. Choose one of the two.')
     pixels = validated(lesion_masks, anomaly_maps, brain_masks, needs_lesion=True)

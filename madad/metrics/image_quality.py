@@ -23,7 +23,7 @@ def reconstruction_errors(
     images, reconstructions : array-like of float of shape (n, H, W) or (n, C, H, W), in 0..1
         Sides of at least 3 pixels.
     brain_masks : array-like of shape (n, H, W), bool or 0/1
-        True = brain.
+        True = brain, where the errors are taken.
 
     Returns
     -------

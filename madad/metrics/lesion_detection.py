@@ -10,7 +10,16 @@ from madad.metrics._pixels import as_bool, predicted_masks, validated
 
 
 class LesionDetection(NamedTuple):
-    """Lesion-wise recall and precision (0..1, NaN where there was nothing to count), and their totals."""
+    """How many lesions were found, and how many detections are lesions.
+
+    Attributes
+    ----------
+    recall, precision : float
+        Share of the lesions that were found, and of the detections that were confirmed; 0..1, NaN where
+        there was nothing to count.
+    n_lesions, n_detections : int
+        How many of each were counted.
+    """
 
     recall: float
     precision: float
@@ -72,7 +81,7 @@ def size_strata(
     Parameters
     ----------
     lesion_masks : array-like of shape (n, H, W)
-        True = lesion.
+        True = lesion; its pixels are counted.
     edges_px : three increasing floats, default=(3, 71, 570)
         Largest areas of "none" (no lesion, or too small for the published bins), "small" and "medium", in
         pixels of a slice of `reference_size` squared; they scale with the area of the slices. The defaults

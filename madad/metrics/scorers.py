@@ -14,26 +14,53 @@ from madad.metrics.dice import max_dice_per_image, max_dice_pooled
 def max_dice_scorer(estimator: Any, X: ArrayLike, y: ArrayLike) -> float:
     """Per-image max Dice of `estimator.predict_maps(X)`: a scikit-learn scorer.
 
-    `y` holds lesion masks, (n, H, W) or flattened to (n, H * W). No brain mask is applied: the maps of this
-    library's detectors are already zero outside the brain.
+    No brain mask is applied: the maps of this library's detectors are already zero outside the brain.
+
+    Parameters
+    ----------
+    estimator : detector
+        A fitted one with ``predict_maps``.
+    X : array-like
+        Slices, as `estimator` takes them.
+    y : array-like of bool or 0/1
+        Lesion masks, (n, H, W) or flattened to (n, H * W).
     """
     return max_dice_per_image(*_truth_and_maps(estimator, X, y)).dice
 
 
 def pooled_max_dice_scorer(estimator: Any, X: ArrayLike, y: ArrayLike) -> float:
-    """Pooled max Dice; otherwise `max_dice_scorer`."""
+    """Pooled max Dice; otherwise `max_dice_scorer`.
+
+    Parameters
+    ----------
+    estimator, X, y :
+        As in `max_dice_scorer`.
+    """
     return max_dice_pooled(*_truth_and_maps(estimator, X, y)).dice
 
 
 def auprc_scorer(estimator: Any, X: ArrayLike, y: ArrayLike) -> float:
-    """Average precision over pixels, background included; otherwise `max_dice_scorer`."""
+    """Average precision over pixels, background included; otherwise `max_dice_scorer`.
+
+    Parameters
+    ----------
+    estimator, X, y :
+        As in `max_dice_scorer`.
+    """
     return auprc(*_truth_and_maps(estimator, X, y))
 
 
 def image_auroc_scorer(estimator: Any, X: ArrayLike, y: ArrayLike) -> float:
     """Area under the ROC curve of `-estimator.score_samples(X)`: a scikit-learn scorer for whole images.
 
-    `y` is (n,), 1 = anomaly and 0 = normal, or lesion masks: an image with any lesion pixel is an anomaly.
+    Parameters
+    ----------
+    estimator : detector
+        A fitted one with ``score_samples``.
+    X : array-like
+        Slices, as `estimator` takes them.
+    y : array-like of bool or 0/1
+        (n,), 1 = anomaly and 0 = normal, or lesion masks: an image with any lesion pixel is an anomaly.
     """
     masks = as_bool("y", y, advice="Pass 1 for anomalies and 0 for normal images, e.g. y == -1.")
     labels = masks.reshape(len(masks), -1).max(axis=1)

@@ -63,7 +63,7 @@ class AutoencoderConfig:
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
     def bytes_per_slice(self, height: int, width: int) -> int:
-        """About how much memory a slice takes at a time: float32 activations around the widest layer."""
+        """About the memory of ``height`` x ``width`` pixels: float32 activations around the widest layer."""
         pixels = math.ceil(height / self.patch_size) * math.ceil(width / self.patch_size)
         levels = [self.base_channels * m * pixels / 4**i for i, m in enumerate(self.channel_multipliers)]
         return math.ceil(4 * ACTIVATIONS_AT_A_TIME * max(levels))
@@ -223,7 +223,7 @@ class AutoencoderKL(nn.Module):
             self.to_image = nn.ConvTranspose2d(c, image_channels, factor, stride=factor)
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
-        """Posterior of the latent of images in -1..1, (batch, image_channels, H, W).
+        """Posterior of the latent of images ``x`` in -1..1, (batch, image_channels, H, W).
 
         Raises
         ------
@@ -242,7 +242,7 @@ class AutoencoderKL(nn.Module):
         return DiagonalGaussian(mean, logvar)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images of latents, (batch, latent_channels, h, w) -> (batch, image_channels, H, W)."""
+        """Images of latents ``z``, (batch, latent_channels, h, w) -> (batch, image_channels, H, W)."""
         x = self.decoder(self.post_quant(z))
         return x + self.to_image(z) if self.config.linear_shortcut else x
 
@@ -277,7 +277,7 @@ class AutoencoderKL(nn.Module):
         self.quant.bias[c:] = -8.0
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        """Reconstruction and posterior of ``x``: of one sample, or of the mean without a generator."""
+        """Reconstruction and posterior of ``x``: of a sample by ``generator``, or without one of the mean."""
         posterior = self.encode(x)
         z = posterior.mean if generator is None else posterior.sample(generator)
         return self.decode(z), posterior

@@ -63,7 +63,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images in -1..1, (batch, image_channels, H, W) -> (batch, 1, h, w).
+        """Logits of images ``x`` in -1..1, (batch, image_channels, H, W) -> (batch, 1, h, w).
 
         ``h = H // 2**n_layers - 2``, and so for ``w``.
 
@@ -81,12 +81,18 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Half of ``mean(max(0, 1 - real)) + mean(max(0, 1 + fake))``, a scalar, as in VQGAN's code."""
+    """Half of ``mean(max(0, 1 - real)) + mean(max(0, 1 + fake))``, a scalar, as in VQGAN's code.
+
+    Parameters
+    ----------
+    real_logits, fake_logits : Tensor
+        The discriminator's logits of real images and of reconstructed ones.
+    """
     return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
 
 
 def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
-    """``-mean(fake)``, a scalar: unbounded on both sides."""
+    """``-mean(fake_logits)`` of reconstructed images, a scalar: unbounded on both sides."""
     return -fake_logits.mean()
 
 

@@ -86,11 +86,11 @@ class PerceptualDistance(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> PerceptualDistance:
-        """Stay in evaluation mode."""
+        """Stay in evaluation mode, whatever ``mode`` says."""
         return super().train(False)
 
     def forward(self, x_hat: Tensor, x: Tensor) -> Tensor:
-        """Distances of two batches of images in -1..1, both (batch, channels, H, W): (batch,), float32.
+        """Distances of images ``x_hat`` and ``x`` in -1..1, both (batch, channels, H, W): (batch,), float32.
 
         Three channels are a colour image. Any other number are that many grey images, each repeated to
         three channels, whose distances are averaged. Sides below 32 pixels are stretched to 32, bilinearly.
@@ -161,7 +161,10 @@ class EfficientNetLite0Features(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(n, 3, H, W) in -1..1 -> one (n, channels, ceil(H / stride), ceil(W / stride)) per stage."""
+        """Features of images ``x``, (n, 3, H, W) in -1..1.
+
+        Of each stage (n, channels, ceil(H / stride), ceil(W / stride)).
+        """
         features = []
         x = F.relu6(self.stem((127.5 * x + 0.5) / 128))
         for i, block in enumerate(self.blocks):

@@ -61,8 +61,9 @@ class UNetConfig:
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
 
-# XS to XL are the original's (docs/method.md, "Where the code differs", row 15): attention everywhere. Its 12
-# heads for XL divide none of that network's widths; 10 do, and the number of heads changes no parameter count.
+# XS to XL are the original's (docs/method.md, "Where the code differs", row 15): attention everywhere. Its
+# 12 heads for XL divide none of that network's widths; 10 do, and the number of heads changes no parameter
+# count.
 UNET_SIZES: dict[str, UNetConfig] = {
     "tiny": UNetConfig(
         base_channels=8,
@@ -175,7 +176,7 @@ class MaskedUNet(nn.Module):
         z_t : Tensor of shape (batch, latent_channels, h, w)
             A partly noised latent.
         t : Tensor of shape (batch,)
-            Time, 1..T.
+            Time of each sample, 1..T.
 
         Returns
         -------

@@ -76,13 +76,15 @@ def train_denoiser(
     autoencoder : LatentAutoencoder
         Fitted; frozen here.
     stack : SliceStack
-        Healthy slices.
+        Healthy slices to train on.
     denoiser : str, UNetConfig or nn.Module
         A name in `madad.nn.UNET_SIZES`, a shape, or a network with the call of `MaskedUNet`.
     objective : dict
         The arguments of `make_objective`.
     trainer : Trainer
+        Trains the network on the cached latents.
     seed : int
+        Seed of weights, masks, times, fills and the order of slices.
     flip : bool
         Train on mirrored slices too.
     augmentation : SliceAugmentation or None
@@ -94,6 +96,7 @@ def train_denoiser(
     task : FitTask
         The fit that this is a stage of.
     verbose : bool
+        Show a progress bar, and say beforehand how large the cached latents become.
 
     Returns
     -------

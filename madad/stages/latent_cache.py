@@ -35,6 +35,7 @@ class RowsOnDisk:
         Made where it is missing. The file has no name in it, so that nothing is left of it when it is not
         needed any more or the process is killed.
     shape : tuple of int
+        Number of rows, and the shape of a row.
     device : torch.device
         Where rows are read to.
 
@@ -74,13 +75,14 @@ class RowsOnDisk:
 
 @dataclass(frozen=True)
 class LatentCache:
-    """Everything the denoiser is trained on, computed once: encoding a slice at each step would take far longer.
+    """Everything the denoiser is trained on, computed once: no epoch encodes a slice again.
 
     Attributes
     ----------
     mean, logvar : Tensor or RowsOnDisk of shape (n, c, h, w)
         The posterior of each slice, scaled; a draw from it costs one multiplication.
     brain_fraction : Tensor or RowsOnDisk of shape (n, 1, h, w)
+        The share of each latent position's pixels that are brain, 0..1.
     """
 
     mean: Tensor | RowsOnDisk
@@ -91,7 +93,7 @@ class LatentCache:
         return len(self.mean)
 
     def sample(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """A latent of each indexed slice, drawn from its posterior."""
+        """A latent of each slice of ``index``, drawn from its posterior by ``generator``."""
         mean, logvar = self.mean[index], self.logvar[index]
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         return mean + (0.5 * logvar).exp() * noise
@@ -113,9 +115,13 @@ def cache_latents(
     Parameters
     ----------
     autoencoder : LatentAutoencoder
+        What encodes them; fitted.
     stack : SliceStack
+        The slices to encode.
     flip : bool
+        Encode left-right mirror images too.
     augmentation : SliceAugmentation or None
+        What makes the further copies; None = no copies.
     generator : torch.Generator
         Source of the augmentation's randomness.
     directory : path-like or None
