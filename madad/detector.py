@@ -4,35 +4,35 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
-from sklearn.utils.validation import check_memory
 from torch import nn
 
-from madad._runtime.distributed import Team
 from madad._runtime.hashing import content_hash
 from madad._runtime.tensors import compile_in_place, one_ahead, resolve_device
-from madad._runtime.version import __version__
 from madad.base.map_detector import AnomalyMapDetector
 from madad.base.sklearn_callbacks import NO_TASK, CallbackSupport, FitTask, with_callbacks
 from madad.base.slice_stack import SliceStack
-from madad.diffusion import CORRUPTIONS, MaskedDDIM, NoiseSchedule, erases
-from madad.maps.recipe import RestoredBatch, decoding_for, maps_of
+from madad.diffusion import CORRUPTIONS, MaskedDDIM, NoiseSchedule, Repair, erases, make_repair
+from madad.maps.recipe import MapRecipe, RestoredBatch
 from madad.nn import MaskedUNet
-from madad.presets import IMAGE_MAP_KNOBS, INFERENCE_KNOBS, PRESETS, check_inference_knobs, choose_preset
+from madad.presets import PRESETS, choose_preset
+from madad.saving.saved_detector import NOT_SAVED_OF_TRAINER
 from madad.stages.augmentation import SliceAugmentation
 from madad.stages.autoencoder import LatentAutoencoder, shared_autoencoder
 from madad.stages.denoiser import (
     OBJECTIVE_KNOBS,
     check_denoiser,
     make_objective,
+    train_denoiser,
     what_is_learnt,
 )
-from madad.stages.memory import _CutShort, _decisive, _directory, _fit_autoencoder, _fit_denoiser, _found
+from madad.stages.memory import StageMemory, _decisive
 from madad.stages.restoration import restore_batches
 from madad.training import StopRequest, Trainer, TrainingStoppedWarning, graceful_stop
 
@@ -46,6 +46,20 @@ HOUSEKEEPING = (
     "compile",
     "activation_checkpointing",
 )
+
+
+class _Fit(NamedTuple):
+    """What the two stages of one fit share."""
+
+    healthy: SliceStack
+    subjects: np.ndarray | None
+    memory: StageMemory
+    task: FitTask
+    stop: StopRequest
+
+    def was_stopped(self) -> bool:
+        """Whether a signal or a callback ended a training early."""
+        return self.stop.signal is not None or self.task.was_stopped
 
 
 class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
@@ -316,17 +330,15 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         train, held_out, subjects = self._split(stack, groups, split_seed)
         shares = isinstance(self.autoencoder, FrozenEstimator)
         task = FitTask.of_fit(self, 1 if shares else 2, X=X, y=y) if team.leads else NO_TASK
-
-        inputs = {"stack": stack.subset(train), "groups": subjects, "task": task, "verbose": self.verbose}
-
         with graceful_stop() as stop:
+            running = _Fit(stack.subset(train), subjects, StageMemory(self.memory, team), task, stop)
             if shares:
                 self.autoencoder_ = shared_autoencoder(
                     self.autoencoder.estimator, stack, self.intensity_range
                 )
             else:
-                self.autoencoder_ = self._train_autoencoder(inputs, autoencoder_seed, team)
-            self.denoiser_, self.history_ = self._train_denoiser(inputs, denoiser_seed, team, stop)
+                self.autoencoder_ = self._train_autoencoder(running, autoencoder_seed)
+            self.denoiser_, self.history_ = self._train_denoiser(running, denoiser_seed)
         self.n_timesteps_, self.can_repaint_ = self._value_of("n_timesteps"), self._teaches_to_repaint()
         self._calibrate(stack, held_out, team)
         task.end_fit()
@@ -355,22 +367,31 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     def _objective_knobs(self) -> dict:
         return {name: self._value_of(name) for name in OBJECTIVE_KNOBS}
 
-    def _map_settings(self) -> dict:
-        knobs = {name: self._value_of(name) for name in INFERENCE_KNOBS}
+    def _recipe(self) -> MapRecipe:
+        return MapRecipe(**{field.name: self._value_of(field.name) for field in fields(MapRecipe)})
+
+    def _repair(self) -> Repair:
+        sampler = MaskedDDIM(**{field.name: self._value_of(field.name) for field in fields(MaskedDDIM)})
+        return make_repair(sampler, self._repaint_share())
+
+    def _repaint_share(self) -> float:
+        """``repaint``, or 0 where it is left open and the network never learnt to."""
         can_repaint = getattr(self, "can_repaint_", None)
         if can_repaint is None:
             can_repaint = self._teaches_to_repaint()
-        if self.repaint is None and not can_repaint:
-            knobs["repaint"] = 0.0
-        check_inference_knobs(knobs)
-        return knobs
+        return self._value_of("repaint") if can_repaint or self.repaint is not None else 0.0
+
+    def _map_settings(self) -> dict:
+        self._repair()  # refuses a share outside its range
+        of_steps = {field.name: self._value_of(field.name) for field in fields(MaskedDDIM)}
+        return of_steps | {"repaint": self._repaint_share()} | asdict(self._recipe())
 
     def _teaches_to_repaint(self) -> bool:
         corruption = self._value_of("corruption")
         return erases(CORRUPTIONS[corruption] if isinstance(corruption, str) else corruption)
 
     def _without_effect(self, settings: dict) -> tuple[str, ...]:
-        return () if settings["anomaly_map"] == "image" else IMAGE_MAP_KNOBS
+        return self._recipe().without_effect
 
     def _check_fit_parameters(self, stack: SliceStack) -> None:
         self._check_calibration(stack)
@@ -383,20 +404,25 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         knobs = self._map_settings()
         NoiseSchedule.cosine(self._value_of("n_timesteps")).timesteps(knobs["n_steps"], knobs["step_spacing"])
 
-    def _train_autoencoder(self, inputs: dict, seed: int, team: Team) -> LatentAutoencoder:
+    def _train_autoencoder(self, running: _Fit, seed: int) -> LatentAutoencoder:
         autoencoder = self._make_autoencoder(seed)
 
         def decisive():
-            identity = autoencoder.identity(inputs["stack"], inputs["groups"])
-            return identity, str(self.device), _decisive(autoencoder.trainer)
+            identity = autoencoder.identity(running.healthy, running.subjects)
+            return "autoencoder", identity, str(self.device), _decisive(autoencoder.trainer)
 
-        return self._cached(_fit_autoencoder, decisive, inputs | {"autoencoder": autoencoder}, team)
+        def train():
+            with running.task.stage("autoencoder", fits=autoencoder):
+                autoencoder.set_params(verbose=self.verbose).fit_stack(running.healthy, running.subjects)
+            if autoencoder.trainer is not None:
+                autoencoder.trainer.set_params(**NOT_SAVED_OF_TRAINER)
+            return autoencoder
 
-    def _train_denoiser(
-        self, inputs: dict, seed: int, team: Team, stop: StopRequest
-    ) -> tuple[nn.Module, list[dict]]:
-        autoencoder, trainer = self.autoencoder_, self._make_trainer()
-        stopped, _ = stop.agree(team)
+        return running.memory.result(train, decisive, running.was_stopped)
+
+    def _train_denoiser(self, running: _Fit, seed: int) -> tuple[nn.Module, list[dict]]:
+        autoencoder, trainer, stop = self.autoencoder_, self._make_trainer(), running.stop
+        stopped, _ = stop.agree(running.memory.team)
         if stopped and stop.signal is not None:
             warnings.warn(
                 f"denoiser gets a single step, because {stop.signal.name} came before it. Make the same call "
@@ -409,35 +435,29 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         settings = {
             "denoiser": copy.deepcopy(self._value_of("denoiser")),
             "objective": self._objective_knobs(),
-            "trainer": trainer,
             "seed": seed,
             "augmentation": self.augmentation,
+            "groups": running.subjects,
             # one column is its own mirror image
             "flip": getattr(autoencoder, "flip", False) and self.image_shape_[-1] > 1,
         }
 
         def decisive():
-            known = settings | {"groups": inputs["groups"], "trainer": _decisive(trainer)}
-            return what_is_learnt(autoencoder, inputs["stack"], **known), str(self.device)
+            known = settings | {"trainer": _decisive(trainer)}
+            return "denoiser", what_is_learnt(autoencoder, running.healthy, **known), str(self.device)
 
-        apart = {"autoencoder": autoencoder, "cache_directory": _directory(self.memory)}
-        return self._cached(_fit_denoiser, decisive, inputs | settings | apart, team)
+        def train():
+            return train_denoiser(
+                autoencoder,
+                running.healthy,
+                trainer=trainer,
+                cache_directory=running.memory.directory,
+                task=running.task,
+                verbose=self.verbose,
+                **settings,
+            )
 
-    def _cached(self, stage: Callable, decisive: Callable[[], tuple], inputs: dict, team: Team):
-        """One training stage through ``memory``, which knows it by what decides its result.
-
-        Of a team the first process alone looks there and writes there.
-        """
-        memory, key, run = check_memory(self.memory), "", stage
-        if team.leads and self.memory is not None:
-            key = content_hash((__version__, *decisive()))
-            run = memory.cache(stage, ignore=["inputs"])
-        if team.size > 1 and (known := team.broadcast(_found(run, key) if key else None)) is not None:
-            return known
-        try:
-            return run(key, inputs)
-        except _CutShort as stopped:
-            return stopped.result
+        return running.memory.result(train, decisive, running.was_stopped)
 
     def _make_autoencoder(self, seed: int) -> LatentAutoencoder:
         autoencoder = self._value_of("autoencoder")
@@ -466,21 +486,13 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     def _restore_batches(
         self, stack: SliceStack, *, decode: str, needs_probability: bool = True
     ) -> Iterator[RestoredBatch]:
-        knobs, device = self._map_settings(), resolve_device(self.device)
-        sampler = MaskedDDIM(
-            knobs["n_steps"],
-            knobs["eta"],
-            knobs["mask_threshold"],
-            knobs["step_spacing"],
-            repaint=knobs["repaint"],
-        )
-        network = self.autoencoder_.network_
+        device, network = resolve_device(self.device), self.autoencoder_.network_
         compile_in_place(self.compile, network.encoder, network.decoder, self.denoiser_)
         return restore_batches(
             self.autoencoder_,
             self.denoiser_,
             stack,
-            sampler,
+            self._repair(),
             NoiseSchedule.cosine(self.n_timesteps_),
             batch_size=self.batch_size or self.autoencoder_.batch_size_of(device),
             seed=self.sampler_seed_,
@@ -492,15 +504,13 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
     def _map_batches(self, stack: SliceStack) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """First row, maps (n, H, W) and brain masks of each batch."""
-        knobs, shown, start = self._map_settings(), stack.rows_with_brain(), 0
+        recipe, shown, start = self._recipe(), stack.rows_with_brain(), 0
         batches = self._restore_batches(
-            stack.subset(shown),
-            decode=decoding_for(knobs),
-            needs_probability=knobs["anomaly_map"] == "mask",
+            stack.subset(shown), decode=recipe.decode, needs_probability=recipe.needs_probability
         )
 
         def finished(batch: RestoredBatch) -> tuple[np.ndarray, np.ndarray]:
-            return maps_of(batch, knobs, self.autoencoder_.config_.factor), batch.brain
+            return recipe.maps_of(batch, self.autoencoder_.config_.factor), batch.brain
 
         # beside a GPU the maps are finished while it is busy with the next batch
         on_gpu = resolve_device(self.device).type == "cuda"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 
-from madad.maps.differences import ANOMALY_MAPS, DIFFERENCES, REFERENCES, SMOOTHINGS
-from madad.maps.smoothing import smoothing_width
 from madad.nn import UNET_SIZES
 
 INFERENCE_KNOBS = (
@@ -24,8 +21,6 @@ INFERENCE_KNOBS = (
     "smoothing",
     "smoothing_px",
 )
-
-IMAGE_MAP_KNOBS = ("reference", "map_difference", "gamma")
 
 # The paper's choices; where it is silent the original code's (docs/method.md, "What the paper leaves open").
 _PAPER = {
@@ -129,26 +124,3 @@ def choose_preset(preset: str, device: torch.device) -> str:
     if preset not in PRESETS:
         raise ValueError(f"preset must be 'auto' or one of {sorted(PRESETS)}, got {preset!r}. Use 'auto'.")
     return preset
-
-
-def check_inference_knobs(knobs: dict) -> None:
-    """Refuse values of the inference knobs outside their ranges, before anything is trained."""
-    for name, allowed in (
-        ("anomaly_map", ANOMALY_MAPS),
-        ("reference", REFERENCES),
-        ("map_difference", DIFFERENCES),
-        ("smoothing", SMOOTHINGS),
-    ):
-        if knobs[name] not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {knobs[name]!r}. Use {allowed[0]!r}.")
-    smoothing_width(knobs["smoothing_px"], 1, 1)
-    if not 0 <= knobs["repaint"] <= 1:
-        raise ValueError(f"repaint must lie in 0..1, got {knobs['repaint']!r}. 0 repairs step by step.")
-    if not 0 <= knobs["mask_threshold"] <= 1:
-        raise ValueError(
-            f"mask_threshold must lie in 0..1, got {knobs['mask_threshold']!r}. The paper's is 0.5."
-        )
-    if not 0 <= knobs["eta"] <= 1:
-        raise ValueError(f"eta must lie in 0..1, got {knobs['eta']!r}. 0 is deterministic.")
-    if math.isnan(knobs["gamma"]) or knobs["gamma"] <= 0:
-        raise ValueError(f"gamma must be positive, got {knobs['gamma']!r}. math.inf switches clipping off.")

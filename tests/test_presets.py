@@ -43,7 +43,7 @@ def test_every_preset_can_be_built(name):
 
 
 def test_the_papers_values():
-    """`docs/method.md`, "Training as published" and "What the paper leaves open"."""
+    """docs/method.md, "Training as published" and "What the paper leaves open"."""
     expected = {
         "mask_shape": "patches",
         "mask_ratio": 0.4,
@@ -72,7 +72,7 @@ def test_the_papers_values():
 
 
 def test_the_original_differs_where_the_method_page_says_so_and_nowhere_else():
-    """`docs/method.md`, "Where the code differs", rows 2, 4, 5, 7, 8 and 9."""
+    """docs/method.md, "Where the code differs", rows 2, 4, 5, 7, 8 and 9."""
     paper, original = PRESETS["paper"], PRESETS["original"]
     assert {knob: original[knob] for knob in paper if original[knob] != paper[knob]} == {
         "denoiser": replace(UNET_SIZES["L"], dropout=0.4),
@@ -88,7 +88,7 @@ def test_the_original_differs_where_the_method_page_says_so_and_nowhere_else():
 
 
 def test_sizes_are_the_methods():
-    """`docs/method.md`, "Symbols" (8 x 8 pixels) and "Where the code differs", row 15."""
+    """docs/method.md, "Symbols" (8 x 8 pixels) and "Where the code differs", row 15."""
     assert AUTOENCODER_SIZES[PRESETS["paper"]["autoencoder"]].factor == 8
     size = UNET_SIZES[PRESETS["paper"]["denoiser"]]
     assert (size.base_channels, size.n_heads, size.n_res_blocks) == (256, 8, 2)

@@ -1,4 +1,4 @@
-"""Masked diffusion: schedule, masks, what fills them, the loss, and the samplers that repair."""
+"""Masked diffusion: schedule, masks, what fills them, the loss, and the repair by steps or by repainting."""
 
 from madad.diffusion.corruption import (
     CORRUPTIONS,
@@ -12,7 +12,8 @@ from madad.diffusion.corruption import (
 )
 from madad.diffusion.masking import EitherMask, RandomBlobs, RandomPatches
 from madad.diffusion.objective import MaskedDiffusionObjective, masked_diffusion_loss
-from madad.diffusion.sampler import MaskedDDIM, MaskedDDPM, Restoration
+from madad.diffusion.repainting import Repainting, make_repair
+from madad.diffusion.sampler import MaskedDDIM, MaskedDDPM, Repair, Restoration
 from madad.diffusion.schedule import NoiseSchedule
 
 __all__ = [
@@ -29,8 +30,11 @@ __all__ = [
     "NoiseSchedule",
     "RandomBlobs",
     "RandomPatches",
+    "Repainting",
+    "Repair",
     "Restoration",
     "SmoothOffset",
     "erases",
+    "make_repair",
     "masked_diffusion_loss",
 ]

@@ -164,7 +164,7 @@ def restrict_to_brain(noise_mask: Tensor, brain_fraction: Tensor, rule: str = "p
     rule : {"paper", "original"}
         ``"paper"`` keeps every position that holds some brain; ``"original"`` keeps only blocks of 2 x 2
         positions (16 pixels at a factor of 8) of which 90 % is brain, so that the cortical rim is never
-        noised (`docs/method.md`, "Where the code differs", row 5).
+        noised (docs/method.md, "Where the code differs", row 5).
     """
     if rule == "paper":
         return noise_mask * (brain_fraction > 0)

@@ -19,7 +19,7 @@ MASK_LOSSES = ("bce", "mse")
 def masked_diffusion_loss(
     z0: Tensor, z0_hat: Tensor, noise_mask: Tensor, noise_logit: Tensor, mask_loss: str = "bce"
 ) -> tuple[Tensor, Tensor]:
-    """The two terms of the loss, per sample (`docs/method.md`, "The loss").
+    """The two terms of the loss, per sample (docs/method.md, "The loss").
 
     ``|| z0 - z0_hat ||^2`` as a mean over values, and the mask term between M and f_M: ``"bce"`` is binary
     cross-entropy (the paper), ``"mse"`` the squared error of the probability (the original code).

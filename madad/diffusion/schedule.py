@@ -82,7 +82,7 @@ class NoiseSchedule:
         last = scale * 0.02 if last is None else last
         return cls(torch.linspace(first, last, n_timesteps, dtype=torch.float64))
 
-    def timesteps(self, n_steps: int, spacing: str = "leading") -> list[int]:
+    def timesteps(self, n_steps: int, step_spacing: str = "leading") -> list[int]:
         """The times that a sampler of ``n_steps`` steps visits, descending.
 
         A ``spacing`` of ``"leading"`` is the original's choice (T = 10, five steps: 9 7 5 3 1);
@@ -93,14 +93,16 @@ class NoiseSchedule:
             raise ValueError(
                 f"n_steps must lie in 1..{T}, the number of timesteps, got {n_steps}. Take fewer steps."
             )
-        if spacing == "leading":
+        if step_spacing == "leading":
             return [1 + i * T // n_steps for i in reversed(range(n_steps))]
-        if spacing == "trailing":
+        if step_spacing == "trailing":
             return [-(-i * T // n_steps) for i in range(n_steps, 0, -1)]
-        raise ValueError(f"spacing must be 'leading' or 'trailing', got {spacing!r}. Use 'leading'.")
+        raise ValueError(
+            f"step_spacing must be 'leading' or 'trailing', got {step_spacing!r}. Use 'leading'."
+        )
 
     def add_noise(self, z0: Tensor, fill: Tensor, noise_mask: Tensor, t: Tensor) -> Tensor:
-        """The masked forward process: `docs/method.md`, "The masked forward process".
+        """The masked forward process: docs/method.md, "The masked forward process".
 
         ``z_t = M (sqrt(ab_t) z0 + sqrt(1 - ab_t) fill) + (1 - M) z0``; with Gaussian ``fill`` it is the
         paper's.

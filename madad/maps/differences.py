@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import numpy as np
 from scipy.ndimage import zoom
 
@@ -9,7 +11,6 @@ from madad.maps.smoothing import blur
 
 ANOMALY_MAPS = ("image", "latent", "mask")
 DIFFERENCES = ("absolute", "squared", "relative")
-SMOOTHINGS = ("gaussian", "guided")
 REFERENCES = ("reconstruction", "input")
 SPREAD_WIDTH = 2.5 / 256  # of the window that "relative" takes a spread from, as a share of the larger side
 SPREAD_UNIT = 0.06  # a local spread, on the network's scale, that halves a relative difference
@@ -19,7 +20,7 @@ def image_map(
     restored: np.ndarray,
     reference: np.ndarray,
     *,
-    gamma: float | None,
+    gamma: float,
     difference: str = "absolute",
     brain_mask: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -29,10 +30,11 @@ def image_map(
     ----------
     restored, reference : ndarray of shape (n, C, H, W), in -1..1
         On the network's scale, as in the paper and the original code.
-    gamma : float or None
-        Clip, on that scale. None or infinity = no clipping: divided by the largest difference there can be.
+    gamma : float
+        Largest difference that counts, on that scale; infinity = no clipping: divided by the largest one
+        there can be.
     difference : {"absolute", "squared", "relative"}
-        ``"squared"`` is the paper's, ``"absolute"`` the original code's (`docs/method.md`, "Where the code
+        ``"squared"`` is the paper's, ``"absolute"`` the original code's (docs/method.md, "Where the code
         differs", row 9).
         ``"relative"``, ours, is the absolute one divided by ``1 + s / 0.06``, with ``s`` the local standard
         deviation of the restored image: where healthy anatomy has much contrast, as in the cortex, a
@@ -45,9 +47,8 @@ def image_map(
     ndarray of shape (n, H, W), float32 in 0..1
         The mean over channels of the clipped differences.
     """
-    _check_choice("map_difference", difference, DIFFERENCES)
-    if gamma is not None and not gamma > 0:
-        raise ValueError(f"gamma must be positive or None, got {gamma!r}. The paper's is 0.2.")
+    check_choice("map_difference", difference, DIFFERENCES)
+    check_gamma(gamma)
     distance = np.abs(restored - reference)
     largest = 2.0
     if difference == "squared":
@@ -55,7 +56,7 @@ def image_map(
     elif difference == "relative":
         inside = np.ones(restored[:, 0].shape, bool) if brain_mask is None else brain_mask
         distance = distance / (1 + _local_spread(restored, inside[:, None]) / SPREAD_UNIT)
-    limit = largest if gamma is None or np.isinf(gamma) else gamma
+    limit = largest if np.isinf(gamma) else gamma
     return (np.minimum(distance, limit) / limit).mean(axis=1).astype(np.float32)
 
 
@@ -67,22 +68,50 @@ def latent_map(z_restored: np.ndarray, z: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     z_restored, z : ndarray of shape (n, c, h, w)
+        Repaired latents, and those of the slices as they are.
 
     Returns
     -------
     ndarray of shape (n, h, w), float32 in 0..1
+        A map on the latent grid; see `upsample_map`.
     """
     distance = np.sqrt(((z_restored - z) ** 2).mean(axis=1))
     return (distance / (1 + distance)).astype(np.float32)
 
 
 def mask_map(noise_probability: np.ndarray) -> np.ndarray:
-    """Mean over the sampler's steps of f_M: (n_steps, n, 1, h, w) -> (n, h, w), float32 in 0..1."""
+    """Mean over the sampler's steps of f_M, a map on the latent grid; see `upsample_map`.
+
+    Parameters
+    ----------
+    noise_probability : ndarray of shape (n_steps, n, 1, h, w), in 0..1
+        f_M at each step: how likely each position is noised.
+
+    Returns
+    -------
+    ndarray of shape (n, h, w), float32 in 0..1
+        Higher = flagged more often, or with more certainty.
+    """
     return noise_probability.mean(axis=0)[:, 0].astype(np.float32)
 
 
 def upsample_map(latent_grid: np.ndarray, factor: int, height: int, width: int) -> np.ndarray:
-    """Bring maps (n, h, w) on the latent grid to pixels (n, height, width), linearly, centres aligned."""
+    """Bring maps on the latent grid to pixels, linearly, centres aligned.
+
+    Parameters
+    ----------
+    latent_grid : ndarray of shape (n, h, w), in 0..1
+        Maps with one value for each latent position.
+    factor : int
+        Pixels per latent position, along each axis.
+    height, width : int
+        Size of the slice; what its padding added is cut off.
+
+    Returns
+    -------
+    ndarray of shape (n, height, width), in 0..1
+        Maps with one value for each pixel.
+    """
     pixels = zoom(latent_grid, (1, factor, factor), order=1, mode="nearest", grid_mode=True)
     return np.clip(pixels[:, :height, :width], 0.0, 1.0)
 
@@ -96,6 +125,13 @@ def _local_spread(images: np.ndarray, inside: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(blur(images**2 * weights, width) / share - mean**2, 0))
 
 
-def _check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError for a choice that is none of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}. Use {allowed[0]!r}.")
+
+
+def check_gamma(gamma: float) -> None:
+    """Raise ValueError for a clip that is not positive."""
+    if not (isinstance(gamma, Real) and float(gamma) > 0):
+        raise ValueError(f"gamma must be positive, got {gamma!r}. math.inf switches clipping off.")

@@ -15,13 +15,17 @@ def pool_map(anomaly_map: np.ndarray, brain_mask: np.ndarray, top_share: float =
 
     Parameters
     ----------
-    anomaly_map, brain_mask : ndarray of shape (n, H, W)
+    anomaly_map : ndarray of shape (n, H, W), in 0..1
+        Maps of slices; or (n, D, H, W) of volumes.
+    brain_mask : ndarray of bool, shape of ``anomaly_map``
+        Where a map counts.
     top_share : float
-        In (0, 1].
+        Share of the brain's pixels that is averaged, above 0 and up to 1.
 
     Returns
     -------
-    ndarray of shape (n,), float64; 0 for slices without brain.
+    ndarray of shape (n,), float64
+        Higher = more anomalous; 0 for slices without brain.
     """
     if not 0 < top_share <= 1:
         raise ValueError(f"top_share must be above 0 and at most 1, got {top_share!r}. The default is 0.01.")
@@ -39,6 +43,13 @@ def healthy_threshold(values: np.ndarray, specificity: float) -> float:
 
     To be compared with ``>=``: where most healthy pixels are exactly 0, none of them is called anomalous.
     Without any pixel it is the smallest number above 0.
+
+    Parameters
+    ----------
+    values : ndarray of any shape, in 0..1
+        Maps of healthy brains, at the pixels inside them.
+    specificity : float
+        Share of these pixels that stays below the threshold, 0..1.
     """
     quantile = np.quantile(values, specificity) if values.size else 0.0
     return float(np.nextafter(np.float32(quantile), np.float32(np.inf)))

@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
+SMOOTHINGS = ("gaussian", "guided")
 PAPER_SMOOTHING = 5 / 256  # the original's 5 px at 256 x 256, as a share of the slice's larger side
 GUIDE_WIDTH = 1.5  # of the guided filter's window, in widths of the Gaussian
 GUIDE_VARIANCE = 1e-3  # of the slice in 0..1: weaker contrast is no edge to the guided filter
@@ -22,8 +23,10 @@ def finish_map(
 
     Parameters
     ----------
-    anomaly_map : ndarray of shape (n, H, W)
+    anomaly_map : ndarray of shape (n, H, W), in 0..1
+        Maps as the differences gave them.
     brain_mask : ndarray of shape (n, H, W), bool
+        Where a map may differ from 0.
     smoothing_px : float or None
         Standard deviation of a Gaussian in pixels; None = the original's 5 px at 256, scaled to the size;
         0 = none.
@@ -53,8 +56,9 @@ def guided_filter(values: np.ndarray, guide: np.ndarray, width_px: float) -> np.
     Parameters
     ----------
     values, guide : ndarray of shape (n, H, W)
+        What is smoothed, and the image in 0..1 at whose edges smoothing ends.
     width_px : float
-        Standard deviation of the window.
+        Standard deviation of the Gaussian window, in pixels.
     """
     mean_guide, mean_values = blur(guide, width_px), blur(values, width_px)
     slope = blur(guide * values, width_px) - mean_guide * mean_values
@@ -70,8 +74,9 @@ def blur(images: np.ndarray, width_px: float) -> np.ndarray:
     Parameters
     ----------
     images : ndarray of shape (..., H, W), float32
+        Images or maps of one size.
     width_px : float
-        Standard deviation.
+        Standard deviation of the Gaussian, in pixels.
     """
     down, across = (_gaussian_matrix(side, width_px) for side in images.shape[-2:])
     return down @ images @ across.T
@@ -84,7 +89,15 @@ def _gaussian_matrix(side: int, width_px: float) -> np.ndarray:
 
 
 def smoothing_width(smoothing_px: float | None, height: int, width: int) -> float:
-    """The Gaussian's standard deviation in pixels for slices of one size."""
+    """The Gaussian's standard deviation in pixels for slices of one size.
+
+    Parameters
+    ----------
+    smoothing_px : float or None
+        What the user asked for, in pixels; None = 5 px at 256, in proportion to the slice's larger side.
+    height, width : int
+        Size of the slice, in pixels.
+    """
     if smoothing_px is None:
         return PAPER_SMOOTHING * max(height, width)
     if not 0 <= smoothing_px < np.inf:

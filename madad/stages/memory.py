@@ -3,64 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from sklearn.utils.validation import check_memory
-from torch import nn
 
-from madad.base.sklearn_callbacks import FitTask
-from madad.saving.saved_detector import NOT_SAVED_OF_TRAINER
-from madad.stages.autoencoder import LatentAutoencoder
-from madad.stages.denoiser import (
-    train_denoiser,
-)
-from madad.training import Trainer, graceful_stop
+from madad._runtime.distributed import Team
+from madad._runtime.hashing import content_hash
+from madad._runtime.version import __version__
+from madad.training import Trainer
+
+T = TypeVar("T")
 
 
-class _CutShort(Exception):
-    """Takes the result of a stage that was stopped past ``memory``, which would keep what is returned."""
+class StageMemory:
+    """What a detector's ``memory`` holds: the result of each stage, by all that decides it.
 
-    def __init__(self, result):
-        super().__init__()
-        self.result = result
+    Parameters
+    ----------
+    memory : None, str or joblib.Memory
+        Where results are kept; None = nowhere.
+    team : Team
+        The processes that fit together. The first one alone looks into the memory and writes there.
+    """
+
+    def __init__(self, memory, team: Team):
+        self.keeps = memory is not None
+        self.team = team
+        self._memory = check_memory(memory)
+
+    @property
+    def directory(self) -> str | None:
+        """The folder of the memory, if it is one on a disk."""
+        return self._memory.location if getattr(self._memory, "backend", None) == "local" else None
+
+    def result(
+        self, train: Callable[[], T], decisive: Callable[[], tuple], was_stopped: Callable[[], bool]
+    ) -> T:
+        """What a stage's training gives, from the memory where it is known.
+
+        Parameters
+        ----------
+        train : callable () -> result
+            The training.
+        decisive : callable () -> tuple
+            All that decides the result, the stage's name too. Asked only where something is kept: hashing
+            takes time.
+        was_stopped : callable () -> bool
+            Whether a signal or a callback ended the training early. Such a result is given and not kept.
+        """
+        if not (self.keeps and self.team.leads):
+            known = self.team.broadcast(None)
+            return train() if known is None else known
+        key, trained = content_hash((__version__, *decisive())), []
+
+        def train_and_keep() -> T:
+            trained.append(train())
+            if was_stopped():
+                raise _NotKept
+            return trained[0]
+
+        cached = self._memory.cache(_stage, ignore=["train"])
+        if self.team.size > 1 and self.team.broadcast(known := _look_up(cached, key)) is not None:
+            return known
+        try:
+            return cached(key, train_and_keep)
+        except _NotKept:
+            return trained[0]
 
 
-class _NotFound(Exception):
-    """Comes from a stage that ``memory`` does not hold, where it is only looked for."""
+class _NotKept(Exception):
+    """Leaves a function that joblib caches, which would keep what is returned."""
 
 
-def _found(cached: Callable, key: str):
-    """What ``memory`` holds of a stage, or None; asked for the result, which it may fail to read."""
+def _stage(key: str, train: Callable[[], Any]) -> Any:
+    """What joblib keeps by its key; at the top of a module, where other processes find it again."""
+    return train()
+
+
+def _look_up(cached: Callable, key: str) -> Any:
+    """What is kept under a key, or None; asked for the result, since reading it may fail."""
+
+    def nothing():
+        raise _NotKept
+
     try:
-        return cached(key, None)
-    except _NotFound:
+        return cached(key, nothing)
+    except _NotKept:
         return None
-
-
-def _fit_autoencoder(key: str, inputs: dict | None) -> LatentAutoencoder:
-    """The first stage as a function that can be cached by its key."""
-    if inputs is None:
-        raise _NotFound
-    autoencoder, task = inputs["autoencoder"], inputs["task"]
-    with task.stage("autoencoder", fits=autoencoder):
-        autoencoder.set_params(verbose=inputs["verbose"]).fit_stack(inputs["stack"], inputs["groups"])
-    if autoencoder.trainer is not None:
-        autoencoder.trainer.set_params(**NOT_SAVED_OF_TRAINER)
-    return _unless_stopped(autoencoder, task)
-
-
-def _fit_denoiser(key: str, inputs: dict | None) -> tuple[nn.Module, list[dict]]:
-    """The second stage as a function that can be cached by its key."""
-    if inputs is None:
-        raise _NotFound
-    return _unless_stopped(train_denoiser(**inputs), inputs["task"])
-
-
-def _unless_stopped(result, task: FitTask):
-    """The result, raised where a signal or a callback ended its training."""
-    with graceful_stop() as stop:  # the one around all of fit
-        if stop.signal is not None or task.was_stopped:
-            raise _CutShort(result)
-    return result
 
 
 def _decisive(trainer: Trainer | None) -> dict | None:
@@ -69,9 +98,3 @@ def _decisive(trainer: Trainer | None) -> dict | None:
         return None
     apart = ("checkpoint_dir", "checkpoint_every_s", "resume", "activation_checkpointing")
     return {name: value for name, value in trainer.get_params().items() if name not in apart}
-
-
-def _directory(memory) -> str | None:
-    """Where ``memory`` keeps its files, if it does so on a disk."""
-    memory = check_memory(memory)
-    return memory.location if getattr(memory, "backend", None) == "local" else None

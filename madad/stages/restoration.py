@@ -1,4 +1,4 @@
-"""From slices to restored latents, to maps: what both prediction and calibration run through."""
+"""From slices to restored latents and images: what both prediction and calibration run through."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from madad._runtime.random import generator_from
-from madad._runtime.tensors import autocast, fixed_batches, fixed_parts, inference, to_network
+from madad._runtime.tensors import autocast, fixed_parts, inference
+from madad.base.network_batches import network_batches
 from madad.base.slice_stack import SliceStack
-from madad.diffusion import MaskedDDIM, NoiseSchedule
+from madad.diffusion import NoiseSchedule, Repair
+from madad.maps.differences import check_choice
 from madad.maps.recipe import RestoredBatch
 
-DECODED = ("nothing", "changed", "restored")
-BYTES_AT_A_TIME = 2**24
+DECODED = ("changed", "restored", "nothing")
+REPAIR_BYTES_ON_CPU = 2**24
 """Of activations while slices are repainted and decoded on a CPU: enough to keep its cores busy."""
 
 
@@ -23,7 +25,7 @@ def restore_batches(
     autoencoder,
     denoiser: nn.Module,
     stack: SliceStack,
-    sampler: MaskedDDIM,
+    repair: Repair,
     schedule: NoiseSchedule,
     *,
     batch_size: int,
@@ -38,38 +40,42 @@ def restore_batches(
     Parameters
     ----------
     autoencoder : LatentAutoencoder
-        Fitted.
+        The first stage, fitted.
     denoiser : nn.Module
+        The second stage's network, trained.
     stack : SliceStack
-    sampler : MaskedDDIM
+        Patients' slices.
+    repair : Repair
+        A sampler, or `madad.diffusion.Repainting`.
     schedule : NoiseSchedule
+        The one that the denoiser was trained with.
     batch_size : int
-        Every forward pass has exactly this many slices (repainting and decoding: `few_at_a_time`), so that a
-        slice's result is bitwise the same in any company.
+        Every forward pass has exactly this many slices (repainting and decoding: `repair_batch_size`), so
+        that a slice's result is bitwise the same in any company.
     seed : int
-        Of the sampler's noise, which is the same for every slice.
+        Seed of the sampler's noise, which is the same for every slice.
     device : torch.device
         Both networks are moved there.
-    decode : {"nothing", "changed", "restored"}
+    decode : {"changed", "restored", "nothing"}
         ``"changed"``: D(z) and D(z_restored) of the slices in which something was flagged; of the others both
         are the same. ``"restored"``: D(z_restored) of all.
     needs_probability : bool
         False = f_M is not needed for itself, and steps that cannot change the latents are left out.
     precision : {"float32", "bfloat16"}
-        Of the networks; latents and images stay float32.
+        Arithmetic of the networks; latents and images stay float32.
+
+    Yields
+    ------
+    RestoredBatch
     """
-    if decode not in DECODED:
-        raise ValueError(f"decode must be one of {DECODED}, got {decode!r}. Use 'changed'.")
+    check_choice("decode", decode, DECODED)
     autoencoder.network_.to(device)
     denoiser.to(device)
-    needed = autoencoder.config_.bytes_per_slice(*stack.image_shape[1:])
-    size = few_at_a_time(batch_size, device, needed)
-    for index, n_valid in fixed_batches(len(stack), batch_size):
-        brain = stack.brain(index)
-        x = to_network(stack.images(index), device)
+    size = repair_batch_size(batch_size, device, autoencoder.config_.bytes_per_slice(*stack.image_shape[1:]))
+    for _, x, brain, n_valid in network_batches(stack, batch_size, device):
         with inference(autoencoder.network_, denoiser), autocast(device, precision):
             z = autoencoder.encode(autoencoder.pad(x))[0].float()
-            restoration = sampler.restore(
+            restoration = repair.restore(
                 denoiser,
                 z,
                 schedule,
@@ -94,13 +100,23 @@ def restore_batches(
         )
 
 
-def few_at_a_time(batch_size: int, device: torch.device, bytes_per_slice: int) -> int:
+def repair_batch_size(batch_size: int, device: torch.device, bytes_per_slice: int) -> int:
     """How many of the flagged slices are repainted and decoded at a time, padded up to this number.
 
     Where one slice keeps the device busy, more at a time would only add padding.
+
+    Parameters
+    ----------
+    batch_size : int
+        Slices that are encoded at a time.
+    device : torch.device
+        Where the networks run.
+    bytes_per_slice : int
+        Memory that a network needs for each slice.
     """
     if device.type == "cpu":
-        return max(1, min(batch_size, 2 ** (max(1, BYTES_AT_A_TIME // bytes_per_slice).bit_length() - 1)))
+        fitting = max(1, REPAIR_BYTES_ON_CPU // bytes_per_slice)
+        return max(1, min(batch_size, 2 ** (fitting.bit_length() - 1)))
     return max(1, batch_size // 4)
 
 
