@@ -1,4 +1,4 @@
-"""A list of parameters is whole and says of each what it is; what users import leaves none unexplained."""
+"""A list of parameters is whole and says of each what it is; classes and what users import leave none out."""
 
 import importlib
 import inspect
@@ -13,7 +13,7 @@ import madad
 ROOT = Path(__file__).parents[1]
 LISTS, RAISED = ("Parameters", "Attributes"), ("Raises", "Warns")
 UNDERLINED = re.compile(r"^(\w[\w ]*)\n-{3,}$", re.MULTILINE)
-WORD, POINTER = re.compile(r"[A-Za-z]\w+"), re.compile(r"See `[\w.]+`")
+WORD, POINTER = re.compile(r"[A-Za-z]\w+"), re.compile(r"(?:[Ss]ee|[Pp]arameters as) `[\w.]+`")
 FEWEST_WORDS = 3
 NOT_FILLED_IN = {"self", "cls", "args", "kwargs"}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(madad.__path__, "madad.") if "__main__" not in m.name)
@@ -71,7 +71,7 @@ def imported_by_users():
 
 def faults_of(documented, is_for_users):
     docstring = documented.__doc__ or ""
-    by_section = sections(docstring)
+    by_section, is_class = sections(docstring), inspect.isclass(documented)
     lists = {name: entries(by_section[name]) for name in LISTS if name in by_section}
     listed = {name for section in lists.values() for name in section}
     expected = parameters(documented)
@@ -89,8 +89,8 @@ def faults_of(documented, is_for_users):
         for name, (_, description) in entries(by_section.get(section, "")).items():
             if not WORD.search(description):
                 yield f"{section}: nothing says when {name} is"
-    if is_for_users and "Parameters" not in lists:  # one sentence may do, if it names them all
-        for name in expected:
+    if "Parameters" not in lists and not POINTER.search(docstring) and (is_for_users or is_class):
+        for name in expected:  # one sentence may do, if it names them all
             if name not in listed and not re.search(rf"`[^`]*\b{name}\b[^`]*`", docstring):
                 yield f"{name} is neither listed nor named in the text"
 

@@ -57,12 +57,12 @@ class Team:
         return self.rank == 0
 
     def shares(self, n: int) -> list[range]:
-        """Which of n things each process does: neighbours, in the order of the ranks."""
+        """Which of ``n`` things each process does: neighbours, in the order of the ranks."""
         return [range(n * r // self.size, n * (r + 1) // self.size) for r in range(self.size)]
 
     @torch.no_grad()
     def copy_(self, tensors: Iterable[Tensor], source: int = 0) -> None:
-        """Overwrite the tensors with those of one process, bit by bit."""
+        """Overwrite ``tensors`` with those of the process of rank ``source``, bit by bit."""
         if self.size == 1:
             return
         for tensor in tensors:
@@ -74,7 +74,7 @@ class Team:
 
     @torch.no_grad()
     def mean_(self, tensors: Iterable[Tensor], weight: float) -> None:
-        """Overwrite the tensors with their mean over the processes, whose weights add up to 1."""
+        """Overwrite ``tensors`` with their mean over the processes, whose ``weight`` add up to 1."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
@@ -85,7 +85,7 @@ class Team:
                 tensor.copy_(mean.view(tensor.shape))
 
     def highest(self, *values: float) -> tuple[float, ...]:
-        """The largest of each value over the processes."""
+        """The largest of each of ``values`` over the processes."""
         if self.size == 1:
             return values
         largest = self._within_reach(torch.tensor(values, dtype=torch.float64))
@@ -93,7 +93,7 @@ class Team:
         return tuple(largest.tolist())
 
     def broadcast(self, value: T, source: int = 0) -> T:
-        """The object that one process has."""
+        """The ``value`` that the process of rank ``source`` has."""
         if self.size == 1:
             return value
         content = bytearray(pickle.dumps(value) if self.rank == source else b"")
@@ -106,7 +106,7 @@ class Team:
     def broadcast_state(
         self, state: tuple[dict[str, Tensor], T] | None
     ) -> tuple[dict[str, Tensor], T] | None:
-        """Tensors on the CPU and what goes with them, of the first process; too large to be one object."""
+        """The ``state`` of the first process: tensors on the CPU, too large to be one object, and more."""
         kinds = {name: (value.shape, value.dtype) for name, value in state[0].items()} if state else {}
         found = self.broadcast((kinds, state[1]) if state else None)
         if found is None:
@@ -119,11 +119,11 @@ class Team:
         return state
 
     def gather(self, value: T) -> list[T]:
-        """The objects of all processes, in the order of the ranks."""
+        """The ``value`` of each process, in the order of the ranks."""
         return [self.broadcast(value, source) for source in range(self.size)]
 
     def first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, while the others wait.
+        """What ``make`` gives in the first process, while the others wait.
 
         Raises
         ------

@@ -12,12 +12,12 @@ from sklearn.utils import check_random_state
 
 
 def spawn_seeds(random_state, n: int) -> list[int]:
-    """Draw ``n`` seeds from scikit-learn's notion of a random state (None, int or RandomState)."""
+    """Draw ``n`` seeds from ``random_state``, None, an int or a RandomState as scikit-learn has it."""
     return [int(seed) for seed in check_random_state(random_state).randint(np.iinfo(np.int32).max, size=n)]
 
 
 def derived_seed(seed: int, *place: int) -> int:
-    """A seed for a place in a run, such as a step: found without the draws of the places before it."""
+    """A seed for a ``place`` in a run of ``seed``, such as a step: no draws of earlier places are needed."""
     return int(np.random.SeedSequence((seed, *place)).generate_state(1)[0])
 
 
@@ -39,7 +39,19 @@ def isolated_seed(seed: int) -> Iterator[None]:
 
 
 def hold_out(n: int, groups, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the samples to train on and of those held out; whole groups where there are several."""
+    """Indices of the samples to train on and of those held out.
+
+    Parameters
+    ----------
+    n : int
+        Number of samples.
+    groups : array-like of shape (n,) or None
+        All samples of a group are on one side, where there are several groups.
+    share : float
+        Share of the samples, or of the groups, that is held out, 0..1; 0 = none.
+    seed : int
+        Seed of the draw.
+    """
     if share == 0:
         return np.arange(n), np.arange(0)
     if groups is not None and len(np.unique(groups)) > 1:

@@ -99,13 +99,13 @@ def to_images(x: Tensor) -> np.ndarray:
 
 
 def pad_with_background(x: Tensor, multiple: int, value: float) -> Tensor:
-    """Pad below and to the right until height and width are multiples of ``multiple``."""
+    """Pad ``x`` by ``value``, below and to the right, until its sides are multiples of ``multiple``."""
     below, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
     return F.pad(x, (0, right, 0, below), value=value) if below or right else x
 
 
 def fixed_batches(n: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Index arrays of exactly ``batch_size`` entries, the last one filled up by repetition.
+    """Index arrays of exactly ``batch_size`` entries up to ``n``, the last one filled up by repetition.
 
     Yields
     ------
@@ -126,7 +126,7 @@ def fixed_parts(rows: Tensor, size: int) -> Iterator[tuple[Tensor, int]]:
 
 
 def one_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """``map``, with each call in a thread of its own while the next item is made."""
+    """``map(function, items)``, with each call in a thread of its own while the next item is made."""
     with ThreadPoolExecutor(1) as thread:
         before: Future[Result] | None = None
         for item in items:
@@ -162,7 +162,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def compile_in_place(enabled: bool, *modules: nn.Module) -> None:
-    """Have modules run through ``torch.compile`` from now on, or no longer."""
+    """Have ``modules`` run through ``torch.compile`` from now on, or, where not ``enabled``, no longer."""
     for module in modules:
         if not enabled:
             module._compiled_call_impl = None

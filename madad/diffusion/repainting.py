@@ -92,7 +92,7 @@ class Repainting:
 
 
 def make_repair(sampler: MaskedDDIM | MaskedDDPM, repaint: float) -> Repair:
-    """The paper's repair, a sampler's steps, where ``repaint`` is 0; else `Repainting`."""
+    """The paper's repair, the steps of ``sampler``, where ``repaint`` is 0; else `Repainting`."""
     return sampler if repaint == 0 else Repainting(sampler, repaint)
 
 

@@ -75,7 +75,15 @@ class Repair(Protocol):
 
 
 class Step(NamedTuple):
-    """One step of a sampler: z_{t-1}, and the f_M and B(f_M) that led to it, each (batch, ., h, w)."""
+    """One step of a sampler.
+
+    Attributes
+    ----------
+    z_t : Tensor of shape (batch, c, h, w)
+        The latents that it led to, z_{t-1}.
+    noise_probability, noise_mask : Tensor of shape (batch, 1, h, w)
+        The f_M and B(f_M) that led there.
+    """
 
     z_t: Tensor
     noise_probability: Tensor
@@ -148,7 +156,17 @@ class _MaskedSampler:
     def step(
         self, z_t: Tensor, z0_hat: Tensor, schedule: NoiseSchedule, t: int, t_before: int
     ) -> tuple[Tensor, float]:
-        """Mean and standard deviation of the latent at the time before t."""
+        """Mean and standard deviation of the latent at the time before t.
+
+        Parameters
+        ----------
+        z_t, z0_hat : Tensor of shape (batch, c, h, w)
+            The latents at t, and what the network takes for the clean ones.
+        schedule : NoiseSchedule
+            The one that the denoiser was trained with.
+        t, t_before : int
+            The time, 1..T, and the one that the step leads to, 0..t-1.
+        """
         raise NotImplementedError
 
 
@@ -175,7 +193,7 @@ class MaskedDDIM(_MaskedSampler):
     """
 
     def step(self, z_t, z0_hat, schedule, t, t_before):
-        """Mean and standard deviation of z_{t-1}, by `ddim_step`."""
+        """Mean and standard deviation of z_{t-1}; see `ddim_step`."""
         ab, ab_before = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[t_before])
         return ddim_step(z_t, z0_hat, ab, ab_before, self.eta)
 
@@ -200,7 +218,7 @@ class MaskedDDPM(_MaskedSampler):
     eta: float = 1.0
 
     def step(self, z_t, z0_hat, schedule, t, t_before):
-        """Mean and standard deviation of z_{t-1}, by `posterior_mean`."""
+        """Mean and standard deviation of z_{t-1}; see `posterior_mean`."""
         ab, ab_before = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[t_before])
         beta = 1 - ab / ab_before
         return posterior_mean(z_t, z0_hat, ab, ab_before), self.eta * beta**0.5 if t_before > 0 else 0.0

@@ -85,7 +85,7 @@ class NoiseSchedule:
     def timesteps(self, n_steps: int, step_spacing: str = "leading") -> list[int]:
         """The times that a sampler of ``n_steps`` steps visits, descending.
 
-        A ``spacing`` of ``"leading"`` is the original's choice (T = 10, five steps: 9 7 5 3 1);
+        A ``step_spacing`` of ``"leading"`` is the original's choice (T = 10, five steps: 9 7 5 3 1);
         ``"trailing"`` starts at T (10 8 6 4 2), as taking the test latent for z_T suggests.
         """
         T = self.n_timesteps

@@ -22,16 +22,32 @@ from madad.maps.smoothing import SMOOTHINGS, finish_map, smoothing_width
 
 
 class RestoredBatch(NamedTuple):
-    """One batch of slices with all that a map is made of; images on the network's scale of -1..1."""
+    """One batch of slices with all that a map is made of; images on the network's scale of -1..1.
 
-    brain: np.ndarray  # (n, H, W) bool
-    x: np.ndarray  # (n, C, H, W)
-    z: np.ndarray  # (n, c, h, w)
-    z_restored: np.ndarray  # (n, c, h, w)
-    noise_probability: np.ndarray  # (n_steps, n, 1, h, w)
-    decoded: np.ndarray  # (m,): which of the n slices are decoded
-    reconstruction: np.ndarray  # (m, C, H, W): D(z); nothing, (0,), where it was not asked for
-    restored: np.ndarray  # (m, C, H, W): D(z_restored), or nothing
+    Attributes
+    ----------
+    brain : ndarray of shape (n, H, W), bool
+        True = brain, where maps are above 0.
+    x : ndarray of shape (n, C, H, W)
+        The slices as they came.
+    z, z_restored : ndarray of shape (n, c, h, w)
+        Their latents, and these repaired.
+    noise_probability : ndarray of shape (n_steps, n, 1, h, w)
+        f_M at each step.
+    decoded : ndarray of int, (m,)
+        Which of the n slices are decoded.
+    reconstruction, restored : ndarray of shape (m, C, H, W)
+        D(z) and D(z_restored) of these; nothing, (0,), where it was not asked for.
+    """
+
+    brain: np.ndarray
+    x: np.ndarray
+    z: np.ndarray
+    z_restored: np.ndarray
+    noise_probability: np.ndarray
+    decoded: np.ndarray
+    reconstruction: np.ndarray
+    restored: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,15 @@ from numpy.typing import ArrayLike, NDArray
 
 
 class Pixels(NamedTuple):
-    """Validated arrays, each (n, n_pixels); `lesion` is False outside the brain."""
+    """Validated arrays, each (n, n_pixels).
+
+    Attributes
+    ----------
+    lesion, brain : ndarray of bool
+        True = lesion or brain; nothing outside the brain is a lesion.
+    score : ndarray of float
+        The anomaly maps; higher = more anomalous.
+    """
 
     lesion: NDArray
     score: NDArray

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 
 class Levels(NamedTuple):
-    """Distinct lesion values below `high`, ascending, and how many lesion pixels have each."""
+    """Lesion pixels of a range of values.
+
+    Attributes
+    ----------
+    values, counts : ndarray of shape (n_levels,)
+        Distinct values, ascending, and how many lesion pixels have each.
+    high : float
+        All of them are below it.
+    """
 
     values: NDArray
     counts: NDArray

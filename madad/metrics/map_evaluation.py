@@ -135,18 +135,40 @@ class MapEvaluation:
 
 
 class Curve(NamedTuple):
-    """All images at a range of thresholds, which are lesion values, from high to low; each (n_levels,)."""
+    """All images at a range of thresholds; each array is (n_levels,).
+
+    Attributes
+    ----------
+    threshold : ndarray
+        Lesion values, from high to low.
+    n_lesion, n_tied : ndarray
+        Lesion and healthy pixels of this very value.
+    n_overlap, n_false : ndarray
+        Lesion and healthy pixels of this value or above.
+    dice : ndarray
+        Dice at this threshold, summed over the images.
+    """
 
     threshold: NDArray
-    n_lesion: NDArray  # lesion pixels of this very value
-    n_tied: NDArray  # and healthy ones
-    n_overlap: NDArray  # lesion pixels at or above
-    n_false: NDArray  # and healthy ones
-    dice: NDArray  # summed over the images
+    n_lesion: NDArray
+    n_tied: NDArray
+    n_overlap: NDArray
+    n_false: NDArray
+    dice: NDArray
 
 
 class Summary(NamedTuple):
-    """What the curves come to."""
+    """What the curves come to.
+
+    Attributes
+    ----------
+    auprc, auroc : float
+        Areas under the curves, 0..1.
+    best_per_image, best_pooled : float
+        Oracle thresholds of the two Dice scores, in units of the map.
+    n_levels : int
+        Number of distinct lesion values.
+    """
 
     auprc: float
     auroc: float

@@ -132,7 +132,13 @@ class _Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to twice the latent channels (mean and log-variance before the quant convolution)."""
+    """Images to twice the latent channels (mean and log-variance before the quant convolution).
+
+    Parameters
+    ----------
+    config : AutoencoderConfig
+        The shape of the autoencoder that it is a part of.
+    """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -163,7 +169,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to images, the encoder mirrored."""
+    """Latents to images, the encoder mirrored.
+
+    Parameters
+    ----------
+    config : AutoencoderConfig
+        The shape of the autoencoder that it is a part of.
+    """
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()

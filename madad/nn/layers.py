@@ -76,6 +76,15 @@ class SelfAttention(RecomputedBlock):
 
     ``qkv`` keeps queries, keys and values in three blocks, each ordered by head; foreign weights are
     brought into this order when they are loaded (`madad.pretrained`).
+
+    Parameters
+    ----------
+    channels : int
+        Channels of input and output.
+    n_heads : int
+        Number of heads; must divide ``channels``.
+    norm_groups, norm_eps :
+        Group norm's number of groups and epsilon.
     """
 
     def __init__(self, channels: int, *, n_heads: int = 1, norm_groups: int = 32, norm_eps: float = 1e-5):
@@ -107,6 +116,13 @@ class Downsample(nn.Module):
 
     ``asymmetric`` pads one row below and one column to the right, as CompVis' autoencoders do; otherwise
     the padding is one on each side, as in the original MAD-AD U-Net.
+
+    Parameters
+    ----------
+    channels : int
+        Channels of input and output.
+    asymmetric : bool
+        Which of the two paddings.
     """
 
     def __init__(self, channels: int, *, asymmetric: bool = False):
@@ -124,6 +140,11 @@ class Upsample(nn.Module):
 
     Of the nine taps of the kernel several meet the same repeated pixel. They are added up first: each pixel's
     four children are four 2x2 convolutions of it and its neighbours, with 4/9 of the multiplications.
+
+    Parameters
+    ----------
+    channels : int
+        Channels of input and output.
     """
 
     def __init__(self, channels: int):
@@ -152,6 +173,13 @@ class SpaceToDepthConv(nn.Module):
 
     With ``patch_size=1`` it is the plain convolution. Larger blocks spare a CPU the convolutions at full
     resolution, which cost most there.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Channels before the folding and after the convolution.
+    patch_size : int
+        Side of a block in positions.
     """
 
     def __init__(self, in_channels: int, out_channels: int, patch_size: int = 1):
@@ -165,7 +193,19 @@ class SpaceToDepthConv(nn.Module):
 
 
 class DepthToSpaceHead(nn.Module):
-    """Norm, SiLU (if ``activate``), 3x3 convolution, then unfold channels into blocks: the stem's inverse."""
+    """Norm, SiLU, 3x3 convolution, then unfold channels into blocks: the stem's inverse.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Channels before the norm and after the unfolding.
+    patch_size : int
+        Side of a block in positions.
+    activate : bool
+        False leaves the SiLU out.
+    norm_groups, norm_eps :
+        Group norm's number of groups and epsilon.
+    """
 
     def __init__(
         self,

@@ -187,7 +187,7 @@ def make_objective(
     mask_loss: str,
     mask_loss_weight: float,
 ) -> MaskedDiffusionObjective:
-    """The objective that the detector's flat parameters describe."""
+    """The objective of the detector's flat parameters; see `madad.MaskedDiffusionAnomalyDetector`."""
     if isinstance(corruption, str):
         if corruption not in CORRUPTIONS:
             raise ValueError(

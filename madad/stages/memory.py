@@ -44,7 +44,7 @@ class StageMemory:
         Parameters
         ----------
         train : callable () -> result
-            The training.
+            Trains the stage.
         decisive : callable () -> tuple
             All that decides the result, the stage's name too. Asked only where something is kept: hashing
             takes time.

@@ -44,7 +44,7 @@ def restore_batches(
     denoiser : nn.Module
         The second stage's network, trained.
     stack : SliceStack
-        Patients' slices.
+        Slices to be repaired.
     repair : Repair
         A sampler, or `madad.diffusion.Repainting`.
     schedule : NoiseSchedule
