@@ -111,9 +111,9 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     n_timesteps : int or None
         Number of times T of the forward process; the paper's is 10.
     n_steps : int or None
-        Steps of the sampler, 1..T.
+        Steps of the sampler, 1..T; more of them take longer in proportion.
     eta : float or None
-        0 = deterministic DDIM, 1 = as noisy as DDPM; the noise is seeded.
+        Noise of each step, 0..1: 0 = deterministic DDIM, 1 = as noisy as DDPM; it is seeded.
     step_spacing : {"leading", "trailing"} or None
         Which times fewer than T steps visit: `madad.diffusion.NoiseSchedule.timesteps`.
     mask_threshold : float or None
@@ -154,8 +154,8 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         Slices per forward pass; None = by the slice's size, on a GPU by its free memory. Powers of two keep a
         slice's result bitwise independent of its place in the batch.
     precision : {"float32", "bfloat16"}
-        Of the networks at prediction. bfloat16 is faster on GPUs and on CPUs with matrix units for it, and
-        moves maps: `benchmarks/README.md` says by how much.
+        What the networks compute in at prediction. bfloat16 is faster on GPUs and on CPUs with matrix units
+        for it, and moves maps: `benchmarks/README.md` says by how much.
     compile : bool
         Run the networks through ``torch.compile`` at prediction. It takes a minute at the first call, and on
         a CPU a C++ compiler.

@@ -39,7 +39,7 @@ class FitTask:
     estimator : estimator or None
         The one that is being fitted.
     context : sklearn.callback.CallbackContext or None
-        None = nobody is told.
+        Tells the callbacks; None = nobody is told.
     **data
         ``X`` and ``y`` for the callbacks that ask for them, or callables that give them.
     """

@@ -33,7 +33,8 @@ class SliceStack:
     intensity_range : tuple (low, high)
         What is mapped to 0..1.
     brain_mask : ndarray of bool with the axes of ``values`` without channels, or None
-        None = where a value of any channel is above the low end of ``intensity_range``: the background.
+        True = brain. None = where a value of any channel is above the low end of ``intensity_range``, the
+        background.
     rows : ndarray of int or None
         The slices of ``values`` that belong to this stack; None = all.
     """

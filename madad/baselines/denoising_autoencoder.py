@@ -145,7 +145,7 @@ def coarse_noise(shape, resolution: int, generator: torch.Generator) -> Tensor:
     resolution : int
         Grid points along the longer side.
     generator : torch.Generator
-        On the CPU.
+        Source of the draws, on the CPU.
 
     Returns
     -------

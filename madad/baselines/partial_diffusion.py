@@ -35,14 +35,15 @@ class PartialDiffusion(UNetBaseline):
         Kind of noise, in training and at test time. Octave simplex noise (`madad.baselines.simplex`) hides
         structures of many sizes, Gaussian noise fine ones only.
     n_timesteps : int
-        T of training, 21 or more.
+        Number of times in training, T in the paper; 21 or more.
     t_start : int
         Time that a test slice is noised to, 1..T: later ones take away larger anomalies, and more of what
         is healthy.
     n_steps : int
         Steps from there to 0, 1..t_start, evenly spaced; each is a pass through the U-Net.
     eta : float
-        0 = deterministic DDIM, 1 = as noisy as DDPM; what is drawn is seeded and of the kind ``noise``.
+        Noise of each step: 0 = deterministic DDIM, 1 = as noisy as DDPM. It is seeded, and of the kind
+        ``noise``.
     smoothing_px, contamination, image_specificity, pixel_specificity, calibration_fraction, image_shape, \
 intensity_range, batch_size, device, random_state, verbose :
         As in `madad.MaskedDiffusionAnomalyDetector`.

@@ -33,7 +33,7 @@ def simplex_noise(
     height, width : int
         Sides of a field in pixels.
     generator : torch.Generator
-        On the CPU. Draws for each octave two offsets, then all directions.
+        Source of the draws, on the CPU: for each octave two offsets, then all directions.
     octaves : int
         Number of noises that are summed, each of half the wavelength of the one before.
     persistence : float

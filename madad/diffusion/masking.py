@@ -129,7 +129,7 @@ class EitherMask:
     blobs : RandomBlobs
         What draws the mask of blobs.
     blob_share : float
-        Probability of a blob mask.
+        Probability of a blob mask, 0..1.
     """
 
     patches: RandomPatches = field(default_factory=RandomPatches)

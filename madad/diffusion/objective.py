@@ -29,7 +29,7 @@ def masked_diffusion_loss(
     z0, z0_hat : Tensor of shape (batch, c, h, w)
         The clean latents, and what the network takes them to be.
     noise_mask, noise_logit : Tensor of shape (batch, 1, h, w)
-        1 = noised, and the mask head's output before the sigmoid.
+        Where they are noised (1 = noised), and the mask head's answer before the sigmoid.
     mask_loss : {"bce", "mse"}
         Which of the two terms above the mask head has.
 

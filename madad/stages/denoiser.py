@@ -74,7 +74,7 @@ def train_denoiser(
     Parameters
     ----------
     autoencoder : LatentAutoencoder
-        Fitted; frozen here.
+        Encodes the slices; fitted, and frozen here.
     stack : SliceStack
         Healthy slices to train on.
     denoiser : str, UNetConfig or nn.Module
