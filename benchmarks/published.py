@@ -16,7 +16,6 @@ from madad import MaskedDiffusionAnomalyDetector
 from madad.diffusion import NoiseSchedule
 from madad.maps.differences import SPREAD_UNIT, SPREAD_WIDTH
 from madad.maps.smoothing import GUIDE_VARIANCE, GUIDE_WIDTH, smoothing_width
-from madad.stages.denoiser import make_objective
 
 PUBLISHED_BATCH = 16
 """What the published evaluation script loads at a time if it is not told otherwise."""
@@ -126,7 +125,7 @@ def published_training(
     autoencoder, unet = detector.autoencoder_, detector.denoiser_
     device = autoencoder._to_device()
     unet.to(device).train()
-    objective = make_objective(**detector._objective_knobs())
+    objective = detector._objective()
     optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-4)
     generator, losses = torch.Generator().manual_seed(0), []
     for _ in range(n_steps):

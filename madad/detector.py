@@ -18,7 +18,15 @@ from madad._runtime.tensors import compile_in_place, one_ahead, resolve_device
 from madad.base.map_detector import AnomalyMapDetector
 from madad.base.sklearn_callbacks import NO_TASK, CallbackSupport, FitTask, with_callbacks
 from madad.base.slice_stack import SliceStack
-from madad.diffusion import CORRUPTIONS, MaskedDDIM, NoiseSchedule, Repair, erases, make_repair
+from madad.diffusion import (
+    CORRUPTIONS,
+    MaskedDDIM,
+    MaskedDiffusionObjective,
+    NoiseSchedule,
+    Repair,
+    erases,
+    make_repair,
+)
 from madad.maps.recipe import MapRecipe, RestoredBatch
 from madad.nn import MaskedUNet
 from madad.presets import PRESETS, choose_preset
@@ -28,9 +36,9 @@ from madad.stages.autoencoder import LatentAutoencoder, shared_autoencoder
 from madad.stages.denoiser import (
     OBJECTIVE_KNOBS,
     check_denoiser,
+    denoiser_identity,
     make_objective,
     train_denoiser,
-    what_is_learnt,
 )
 from madad.stages.memory import StageMemory, _decisive
 from madad.stages.restoration import restore_batches
@@ -364,8 +372,8 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         value = getattr(self, name)
         return PRESETS[self.preset_][name] if value is None else value
 
-    def _objective_knobs(self) -> dict:
-        return {name: self._value_of(name) for name in OBJECTIVE_KNOBS}
+    def _objective(self) -> MaskedDiffusionObjective:
+        return make_objective(**{name: self._value_of(name) for name in OBJECTIVE_KNOBS})
 
     def _recipe(self) -> MapRecipe:
         return MapRecipe(**{field.name: self._value_of(field.name) for field in fields(MapRecipe)})
@@ -395,8 +403,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
     def _check_fit_parameters(self, stack: SliceStack) -> None:
         self._check_calibration(stack)
-        objective, trainer = self._objective_knobs(), self._make_trainer()
-        make_objective(**objective)
+        objective, trainer = self._objective(), self._make_trainer()
         check_denoiser(self._value_of("denoiser"))
         trainer.check()
         if self.memory is not None or trainer.checkpoint_dir is not None:  # what has no hash fails here
@@ -434,7 +441,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
             trainer = copy.copy(trainer).set_params(checkpoint_dir=None, max_steps=1)
         settings = {
             "denoiser": copy.deepcopy(self._value_of("denoiser")),
-            "objective": self._objective_knobs(),
+            "objective": self._objective(),
             "seed": seed,
             "augmentation": self.augmentation,
             "groups": running.subjects,
@@ -444,7 +451,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
         def decisive():
             known = settings | {"trainer": _decisive(trainer)}
-            return "denoiser", what_is_learnt(autoencoder, running.healthy, **known), str(self.device)
+            return "denoiser", denoiser_identity(autoencoder, running.healthy, **known), str(self.device)
 
         def train():
             return train_denoiser(

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from madad._runtime.hashing import content_hash
 from madad._runtime.random import generator_from, hold_out, isolated_seed
-from madad._runtime.tensors import default_batch_size, fixed_batches, resolve_device, to_images, to_network
+from madad._runtime.tensors import default_batch_size, resolve_device, to_images, to_network
 from madad.base.map_detector import AnomalyMapDetector
+from madad.base.network_batches import NetworkBatch, network_batches
 from madad.base.slice_stack import SliceStack
 from madad.maps.smoothing import finish_map, smoothing_width
 from madad.nn import UNET_SIZES, MaskedUNet, UNetConfig
@@ -77,18 +78,16 @@ class Baseline(AnomalyMapDetector):
 
     def _map_batches(self, stack: SliceStack) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         start = 0
-        for x, brain, n_valid in self._network_batches(stack):
-            raw = self._raw_maps(x, brain)[:n_valid].astype(np.float32)
-            yield start, finish_map(raw, brain[:n_valid], self.smoothing_px), brain[:n_valid]
+        for _, x, brain, n_valid in self._network_batches(stack):
+            raw = self._raw_maps(x, brain[:, 0])[:n_valid].astype(np.float32)
+            inside = brain[:n_valid, 0]
+            yield start, finish_map(raw, inside, self.smoothing_px), inside
             start += n_valid
 
-    def _network_batches(self, stack: SliceStack) -> Iterator[tuple[Tensor, np.ndarray, int]]:
-        """Network images and brain masks (n, H, W) in batches of one size, and how many of each count."""
+    def _network_batches(self, stack: SliceStack) -> Iterator[NetworkBatch]:
         self._check_parameters()
-        device = resolve_device(self.device)
         batch_size = self.batch_size or default_batch_size(*self.image_shape_[1:])
-        for index, n_valid in fixed_batches(len(stack), batch_size):
-            yield to_network(stack.images(index), device), stack.brain(index)[:, 0], n_valid
+        return network_batches(stack, batch_size, resolve_device(self.device))
 
 
 class RestoringBaseline(Baseline):
@@ -106,8 +105,10 @@ class RestoringBaseline(Baseline):
             As in `predict_maps`.
         """
         stack = self._check_slices(X, brain_mask)
-        batches = self._network_batches(stack)
-        restored = ((self._restored(x, brain)[:n].cpu().numpy(), brain[:n]) for x, brain, n in batches)
+        restored = (
+            (self._restored(x, brain[:, 0])[:n_valid].cpu().numpy(), brain[:n_valid, 0])
+            for _, x, brain, n_valid in self._network_batches(stack)
+        )
         return self._joined(stack, np.arange(len(stack)), restored)
 
     def _restored(self, x: Tensor, brain: np.ndarray) -> Tensor:

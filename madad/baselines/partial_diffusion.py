@@ -16,6 +16,7 @@ from madad.base.slice_stack import SliceStack
 from madad.baselines.base import UNetBaseline
 from madad.baselines.simplex import simplex_noise
 from madad.diffusion import NoiseSchedule
+from madad.diffusion.sampler import ddim_step
 from madad.training import Trainer
 
 NOISES = ("gaussian", "simplex")
@@ -198,9 +199,7 @@ intensity_range, batch_size, device, random_state, verbose :
                     m = torch.from_numpy(guidance(differences[-1]))[:, None].to(x)
                     x_t = _noised(m * x0_hat + (1 - m) * x, eps, ab_before)
                 else:
-                    sigma = self.eta * ((1 - ab_before) / (1 - ab)) ** 0.5 * (1 - ab / ab_before) ** 0.5
-                    direction = max(1 - ab_before - sigma**2, 0.0) ** 0.5
-                    x_t = ab_before**0.5 * x0_hat + direction * (x_t - ab**0.5 * x0_hat) / (1 - ab) ** 0.5
+                    x_t, sigma = ddim_step(x_t, x0_hat, ab, ab_before, self.eta)
                     if sigma > 0:
                         x_t = x_t + sigma * _draw(self.noise_, (1, *x.shape[1:]), generator).to(x.device)
         return x_t, np.stack(differences)

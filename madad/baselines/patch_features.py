@@ -15,12 +15,11 @@ from torch import Tensor
 
 from madad._runtime.tensors import (
     default_batch_size,
-    fixed_batches,
     inference,
     pad_with_background,
     resolve_device,
-    to_network,
 )
+from madad.base.network_batches import network_batches
 from madad.base.slice_stack import SliceStack
 from madad.baselines.base import Baseline
 from madad.nn import EfficientNetLite0Features
@@ -134,10 +133,10 @@ class PatchFeatureDistance(Baseline):
         device, rng = resolve_device(self.device), np.random.default_rng(seed)
         quota = math.ceil(CANDIDATES_PER_PROTOTYPE * self.n_prototypes / (2 * len(stack)))
         candidates = []
-        for index, n_valid in fixed_batches(len(stack), default_batch_size(*self.image_shape_[1:])):
-            x, brain = to_network(stack.images(index), device), stack.brain(index)[:, 0]
+        batch_size = default_batch_size(*self.image_shape_[1:])
+        for _, x, brain, n_valid in network_batches(stack, batch_size, device):
             for images, masks in ((x, brain), (x.flip(-1), brain[..., ::-1])):
-                features, inside = self._features(images), self._positions(masks)
+                features, inside = self._features(images), self._positions(masks[:, 0])
                 for i in range(n_valid):
                     healthy = features[i][inside[i]]
                     candidates.append(healthy[rng.permutation(len(healthy))[:quota]])

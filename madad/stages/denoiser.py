@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from madad.diffusion import (
 )
 from madad.nn import UNET_SIZES, MaskedUNet, UNetConfig
 from madad.stages.augmentation import SliceAugmentation
-from madad.stages.latent_cache import cache_latents
+from madad.stages.latent_cache import LatentCache, cache_latents
 from madad.training import Trainer
 
 MASK_SHAPES = ("patches", "blobs", "either")
@@ -44,11 +45,20 @@ OBJECTIVE_KNOBS = (
 )
 
 
-def what_is_learnt(autoencoder, stack: SliceStack, **settings) -> str:
-    """A hash of the encoder, the slices and what `train_denoiser` is told besides, for files and caches."""
-    settings["objective"] = make_objective(**settings["objective"])  # what the names stand for
+def denoiser_identity(autoencoder, stack: SliceStack, **settings) -> str:
+    """A hash of all that decides what `train_denoiser` learns, for caches and checkpoints.
+
+    Parameters
+    ----------
+    autoencoder : LatentAutoencoder
+        The encoder, fitted.
+    stack : SliceStack
+        The healthy slices.
+    **settings
+        What `train_denoiser` is told besides, as far as it decides anything.
+    """
     if isinstance(settings.get("denoiser"), str):
-        settings["denoiser"] = UNET_SIZES[settings["denoiser"]]
+        settings["denoiser"] = UNET_SIZES[settings["denoiser"]]  # what the name stands for
     statistics = (autoencoder.latent_shift_, autoencoder.latent_scale_)
     network = (autoencoder.config_, state_to_numpy(autoencoder.network_))
     return content_hash((network, statistics, autoencoder.batch_size, stack.digest, settings))
@@ -59,7 +69,7 @@ def train_denoiser(
     stack: SliceStack,
     *,
     denoiser: str | UNetConfig | nn.Module,
-    objective: dict,
+    objective: MaskedDiffusionObjective,
     trainer: Trainer,
     seed: int,
     flip: bool = True,
@@ -79,12 +89,12 @@ def train_denoiser(
         Healthy slices to train on.
     denoiser : str, UNetConfig or nn.Module
         A name in `madad.nn.UNET_SIZES`, a shape, or a network with the call of `MaskedUNet`.
-    objective : dict
-        The arguments of `make_objective`.
+    objective : MaskedDiffusionObjective
+        Draws masks and fills, and scores the network's answer; see `make_objective`.
     trainer : Trainer
-        Trains the network on the cached latents.
+        How the network is optimised.
     seed : int
-        Seed of weights, masks, times, fills and the order of slices.
+        Seed of the initial weights and of all draws.
     flip : bool
         Train on mirrored slices too.
     augmentation : SliceAugmentation or None
@@ -96,16 +106,15 @@ def train_denoiser(
     task : FitTask
         The fit that this is a stage of.
     verbose : bool
-        Show a progress bar, and say beforehand how large the cached latents become.
+        Show a progress bar, and say how large the cache of latents is.
 
     Returns
     -------
     denoiser : nn.Module
-        On the CPU.
+        The trained network, on the CPU.
     history : list of dict
         See `Trainer.optimise`.
     """
-    loss = make_objective(**objective)
     generator = generator_from(seed)
     train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, seed)
     team = join(resolve_device(autoencoder.device))
@@ -116,15 +125,9 @@ def train_denoiser(
         validation = cache_latents(autoencoder, stack.subset(held_out), flip=False, **caching)
     identity = ""
     if trainer.checkpoint_dir is not None and team.leads:
-        identity = what_is_learnt(
-            autoencoder,
-            stack,
-            objective=objective,
-            seed=seed,
-            flip=flip,
-            augmentation=augmentation,
-            groups=None if groups is None else np.asarray(groups),
-        )
+        decisive = {"objective": objective, "seed": seed, "flip": flip, "augmentation": augmentation}
+        subjects = None if groups is None else np.asarray(groups)
+        identity = denoiser_identity(autoencoder, stack, groups=subjects, **decisive)
     batch_size = autoencoder.batch_size or default_batch_size(*stack.image_shape[1:])
     n_epochs = trainer.max_records(len(cache), batch_size)
     with (
@@ -133,27 +136,28 @@ def train_denoiser(
         stage.epochs(trainer) as watched,
     ):
         unet = make_denoiser(denoiser, cache.mean.shape[1]).to(cache.mean.device)
-
-        def loss_on(latents):
-            def batch_loss(module, index, generator, step):
-                z0 = latents.sample(index, generator)
-                return loss(module, z0, latents.brain_fraction[index], generator)
-
-            return batch_loss
-
         history = watched.optimise(
             unet,
-            loss_on(cache),
+            _loss_on(cache, objective),
             len(cache),
             generator=generator,
             batch_size=batch_size,
-            validation_loss=None if validation is None else loss_on(validation),
+            validation_loss=None if validation is None else _loss_on(validation, objective),
             n_validation=0 if validation is None else len(validation),
             identity=identity,
             description="denoiser",
             verbose=verbose,
         )
     return unet.cpu(), history
+
+
+def _loss_on(cache: LatentCache, objective: MaskedDiffusionObjective) -> Callable:
+    """The loss of some cached latents, as `Trainer.optimise` calls it."""
+
+    def loss(unet, index, generator, step):
+        return objective(unet, cache.sample(index, generator), cache.brain_fraction[index], generator)
+
+    return loss
 
 
 def make_denoiser(denoiser: str | UNetConfig | nn.Module, latent_channels: int) -> nn.Module:

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor
 
 from madad._runtime.distributed import ALONE, BUCKET, Team
-from madad._runtime.tensors import (
-    default_batch_size,
-    fixed_batches,
-    inference,
-    to_network,
-)
+from madad._runtime.tensors import default_batch_size, inference
+from madad.base.network_batches import network_batches
 from madad.base.slice_stack import SliceStack
 from madad.stages.augmentation import SliceAugmentation
 
@@ -161,26 +157,28 @@ def cache_latents(
     if augmentation is not None:  # its draws go by batches, which must not depend on a GPU's free memory
         batch_size = autoencoder.batch_size or default_batch_size(*stack.image_shape[1:])
     with inference(autoencoder.network_):
-        for places, n_valid in fixed_batches(len(own), batch_size):
-            index = own.start + places
-            images, brain = stack.images(index), stack.brain(index)
+        for batch in network_batches(stack.subset(np.asarray(own)), batch_size, device):
             for version, (mirrored, copy) in enumerate(versions):
-                side = slice(None, None, -1 if mirrored else 1)
-                x, inside = to_network(images[..., side].copy(), device), brain[..., side]
+                x, brain = (batch.x.flip(-1), batch.brain[..., ::-1]) if mirrored else (batch.x, batch.brain)
                 if copy and augmentation is not None:
-                    x, moved = augmentation(x, torch.from_numpy(inside.copy()).to(device), generator)
-                    inside = moved.cpu().numpy()
-                mean, logvar = autoencoder.encode(autoencoder.pad(x))
-                start = version * len(stack) + int(index[0])
-                rows = slice(start, start + n_valid)
-                cache.mean[rows], cache.logvar[rows] = mean[:n_valid].float(), logvar[:n_valid].float()
-                cache.brain_fraction[rows] = autoencoder.brain_fraction(inside, device)[:n_valid]
+                    x, moved = augmentation(x, torch.from_numpy(brain.copy()).to(device), generator)
+                    brain = moved.cpu().numpy()
+                start = version * len(stack) + own.start + int(batch.rows[0])
+                _encode(autoencoder, x, brain, cache, slice(start, start + batch.n_valid))
     if augmentation is None and team.size > 1:
         for part in (cache.mean, cache.logvar, cache.brain_fraction):
             for start in range(0, len(part), len(stack)):
                 for source, share in enumerate(shares):
                     _copy_rows(part, range(start + share.start, start + share.stop), source, team)
     return cache
+
+
+def _encode(autoencoder, x: Tensor, brain: np.ndarray, cache: LatentCache, rows: slice) -> None:
+    """Write the posteriors of the first slices of a batch into some rows of a cache."""
+    n_valid = rows.stop - rows.start
+    mean, logvar = autoencoder.encode(autoencoder.pad(x))
+    cache.mean[rows], cache.logvar[rows] = mean[:n_valid].float(), logvar[:n_valid].float()
+    cache.brain_fraction[rows] = autoencoder.brain_fraction(brain, x.device)[:n_valid]
 
 
 def _copy_rows(part: Tensor | RowsOnDisk, rows: range, source: int, team: Team) -> None:

@@ -175,7 +175,7 @@ def test_the_steps_are_those_of_ddim(noise, eta):
         eps = simplex_noise(1, 16, 16, generator_from(5))[None]
     ab = float(schedule.alpha_bar[20])
     flagged = torch.full((5, 1, 16, 16), 50.0)
-    restored = MaskedDDIM(4, eta, spacing="trailing").restore(
+    restored = MaskedDDIM(4, eta, step_spacing="trailing").restore(
         lambda x_t, t: (stand_in(x_t, int(t[0])), flagged),
         ab**0.5 * x + (1 - ab) ** 0.5 * eps,
         schedule,

@@ -62,7 +62,7 @@ def test_the_published_training_lowers_the_same_loss(ours):
         detector.autoencoder_,
         detector._check_slices(IMAGES),
         denoiser="tiny",
-        objective=detector._objective_knobs(),
+        objective=detector._objective(),
         trainer=Trainer(1, batch_size=4),
         seed=0,
     )

@@ -3,17 +3,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from madad.diffusion import MaskedDDIM, MaskedDDPM, NoiseSchedule
+from madad.diffusion import MaskedDDIM, MaskedDDPM, NoiseSchedule, Repainting
 from madad.diffusion.sampler import posterior_mean
 
 SCHEDULE = NoiseSchedule.cosine(10)
 SAMPLERS = {
     "ddim": MaskedDDIM(),
     "ddim eta": MaskedDDIM(eta=0.5),
-    "ddim few": MaskedDDIM(3, spacing="trailing"),
+    "ddim few": MaskedDDIM(3, step_spacing="trailing"),
     "ddpm": MaskedDDPM(),
     "ddpm few": MaskedDDPM(4),
-    "ddim repaint": MaskedDDIM(4, repaint=1.0),
+    "ddim repaint": Repainting(MaskedDDIM(4)),
 }
 SHAPE = (5, 4, 6, 7)
 
@@ -121,10 +121,12 @@ def test_with_eta_the_noise_is_seeded(sampler):
 def test_trajectory_runs_from_the_input_to_the_result(sampler):
     z = case()[2]
     result = sampler.restore(stand_in, z, SCHEDULE, return_trajectory=True)
-    assert result.trajectory.shape == (sampler.n_steps + 1 + bool(sampler.repaint), *SHAPE)
+    repaints = isinstance(sampler, Repainting)
+    steps = sampler.sampler if repaints else sampler
+    assert result.trajectory.shape == (steps.n_steps + 1 + repaints, *SHAPE)
     assert torch.equal(result.trajectory[0], z) and torch.equal(result.trajectory[-1], result.z_restored)
-    assert result.noise_probability.shape == (sampler.n_steps, SHAPE[0], 1, *SHAPE[2:])
-    times = SCHEDULE.timesteps(sampler.n_steps, sampler.spacing)
+    assert result.noise_probability.shape == (steps.n_steps, SHAPE[0], 1, *SHAPE[2:])
+    times = SCHEDULE.timesteps(steps.n_steps, steps.step_spacing)
     for z_t, t, probability in zip(result.trajectory, times, result.noise_probability, strict=False):
         logit = stand_in(z_t, torch.full((SHAPE[0],), t))[1]
         assert torch.equal(probability, torch.sigmoid(logit.double()).float())
@@ -168,157 +170,6 @@ def test_double_latents_stay_double():
     assert result.z_restored.dtype == result.noise_probability.dtype == torch.float64
 
 
-def flagging(noise_logit, z0_hat=None):
-    """A network with fixed flags that answers ``z0_hat``, and notes what it was given."""
-    given = []
-
-    def unet(z_t, t):
-        given.append((z_t.clone(), t.tolist()))
-        return stand_in(z_t, t)[0] if z0_hat is None else z0_hat(z_t, t), noise_logit.to(z_t)
-
-    return unet, given
-
-
-@pytest.mark.parametrize("sampler", [MaskedDDIM(3, repaint=1.0), MaskedDDPM(4, repaint=1.0)])
-def test_repaint_erases_what_is_flagged_and_takes_the_prediction_at_the_last_time(sampler):
-    _, noise_mask, z = case()
-    unet, given = flagging(torch.where(noise_mask, 3.0, -3.0))
-    result = sampler.restore(unet, z, SCHEDULE, return_trajectory=True)
-    assert len(given) == sampler.n_steps + 1
-    asked, t = given[-1]
-    assert t == [10] * SHAPE[0]
-    assert torch.equal(asked, torch.where(noise_mask, 0.0, z))
-    expected = torch.where(noise_mask, stand_in(asked, torch.full((SHAPE[0],), 10))[0], z)
-    assert torch.equal(result.z_restored, expected)
-    assert len(result.trajectory) == sampler.n_steps + 2
-    assert torch.equal(result.trajectory[-1], expected)
-    assert torch.equal(result.flagged, noise_mask.flatten(1).any(dim=1))
-
-
-@pytest.mark.parametrize(("threshold", "erased"), [(0.19, True), (0.21, False)])
-def test_repaint_goes_by_the_mean_of_the_flags(threshold, erased):
-    """f_M is 0.4 in one of two steps: never the threshold of the mean, but flagged on the way."""
-    z = case()[2]
-    logits = {10: np.log(0.4 / 0.6), 5: -np.inf}
-
-    def unet(z_t, t):
-        return 0 * z_t + 7, torch.full_like(z_t[:, :1], logits[int(t[0])])
-
-    sampler = MaskedDDIM(2, mask_threshold=threshold, spacing="trailing", repaint=1.0)
-    result = sampler.restore(unet, z, SCHEDULE)
-    assert torch.equal(result.z_restored, 0 * z + 7 if erased else z)
-    assert result.flagged.tolist() == [erased] * SHAPE[0]
-    torch.testing.assert_close(result.noise_probability.mean(), torch.tensor(0.2))
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_only_what_has_something_erased_is_repainted_in_parts_of_one_size(size):
-    z = case()[2]
-    logit = torch.full((SHAPE[0], 1, *SHAPE[2:]), -3.0)
-    logit[[0, 3, 4], 0, 2:4, 1:3] = 3.0
-    unet, given = flagging(logit)
-    together = MaskedDDIM(2, repaint=1.0).restore(unet, z, SCHEDULE)
-    given.clear()
-    result = MaskedDDIM(2, repaint=1.0).restore(unet, z, SCHEDULE, repaint_size=size)
-    sizes = [len(asked) for asked, _ in given]
-    assert sizes == [5, 5] + [size] * -(-3 // size)
-    torch.testing.assert_close(result.z_restored, together.z_restored)
-    assert torch.equal(result.z_restored[[1, 2]], z[[1, 2]])
-    assert result.flagged.tolist() == [True, False, False, True, True]
-
-
-def flagging_in_turn(logits):
-    """A network whose mask logits are given for each step in turn; counts its calls in the second value."""
-    calls = []
-
-    def unet(z_t, t):
-        calls.append(int(t[0]))
-        return 0 * z_t + 7, logits[len(calls) - 1]
-
-    return unet, calls
-
-
-@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
-@pytest.mark.parametrize("seed", range(6))
-def test_early_exit_gives_the_same_latents_bit_by_bit(threshold, seed):
-    z = case(seed)[2]
-    logits = 2 * torch.randn(11, SHAPE[0], 1, *SHAPE[2:], generator=seeded(seed)) - seed
-    sampler = MaskedDDIM(10, mask_threshold=threshold, repaint=0.5)
-    whole, quick = (
-        sampler.restore(flagging_in_turn(logits)[0], z, SCHEDULE, early_exit=early) for early in (False, True)
-    )
-    assert torch.equal(whole.z_restored, quick.z_restored)
-    assert torch.equal(whole.flagged, quick.flagged)
-
-
-@pytest.mark.parametrize(
-    ("first", "exits_after"),
-    [(-30.0, 5), (0.0, 7), (1.0, None)],  # f_M is 0, 1/2 or 0.73 in four steps, then 0
-)
-def test_early_exit_comes_when_no_position_can_reach_the_threshold_and_not_before(first, exits_after):
-    """Mean 0.5 of ten: after k steps that sum to s it is out of reach once s + 10 - k <= 5."""
-    z = case()[2]
-    logits = torch.full((11, SHAPE[0], 1, *SHAPE[2:]), -40.0)
-    logits[:4, 2, 0, 3, 3] = first
-    if exits_after is None:
-        logits[4:, 2, 0, 3, 3] = first
-    unet, calls = flagging_in_turn(logits)
-    sampler = MaskedDDIM(10, mask_threshold=0.5, repaint=0.5)
-    result = sampler.restore(unet, z, SCHEDULE, early_exit=True)
-    assert len(calls) == (11 if exits_after is None else exits_after)
-    assert bool(result.flagged.any()) == (exits_after is None)
-    assert len(result.noise_probability) == min(len(calls), 10)
-
-
-@pytest.mark.parametrize("sampler", [MaskedDDIM(), MaskedDDPM()], ids=["ddim", "ddpm"])
-def test_without_repainting_no_step_is_left_out(sampler):
-    unet, calls = flagging_in_turn(torch.full((10, SHAPE[0], 1, *SHAPE[2:]), -40.0))
-    sampler.restore(unet, case()[2], SCHEDULE, early_exit=True)
-    assert len(calls) == 10
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-@pytest.mark.parametrize("with_brain", [False, True])
-def test_repaint_erases_at_most_a_share_of_the_brain_and_what_is_flagged_most(share, with_brain):
-    z = case()[2]
-    logit = torch.randn(SHAPE[0], 1, *SHAPE[2:], generator=seeded(5)) + 2
-    brain = (torch.rand(logit.shape, generator=seeded(6)) < 0.7).float() if with_brain else None
-    unet, given = flagging(logit)
-    result = MaskedDDIM(2, mask_threshold=0.5, repaint=share).restore(unet, z, SCHEDULE, brain_fraction=brain)
-    inside = torch.ones_like(logit, dtype=torch.bool) if brain is None else brain > 0
-    erased = (given[-1][0] == 0).all(dim=1, keepdim=True)
-    for i in range(SHAPE[0]):
-        candidates = logit[i][inside[i]].sort(descending=True).values
-        allowed = int(share * len(candidates))
-        expected = min(allowed, int((candidates > 0).sum()))
-        assert int(erased[i].sum()) == expected
-        assert (logit[i][erased[i]] >= candidates[expected - 1]).all()
-        assert not erased[i][~inside[i]].any()
-    assert torch.equal(result.z_restored[~erased.expand_as(z)], z[~erased.expand_as(z)])
-
-
-def test_repaint_erases_its_share_where_all_positions_are_flagged_alike():
-    z = case()[2]
-    unet, given = flagging(torch.full((SHAPE[0], 1, *SHAPE[2:]), 30.0))  # f_M is exactly 1
-    result = MaskedDDIM(3, mask_threshold=0.1, repaint=0.3).restore(unet, z, SCHEDULE)
-    erased = (given[-1][0] == 0).all(dim=1).flatten(1).sum(dim=1)
-    assert erased.tolist() == [int(0.3 * 6 * 7)] * SHAPE[0] and result.flagged.all()
-
-
-def test_repaint_takes_away_all_of_what_was_there():
-    """Whatever stands in the flagged positions, the repainted latent is the same."""
-    z0, noise_mask, z = case()
-    restored = []
-    for content in (z, z + 5, -3 * z):
-        unet, _ = flagging(torch.where(noise_mask, 3.0, -3.0))
-        changed = torch.where(noise_mask, content, z0)
-        restored.append(MaskedDDIM(repaint=1.0).restore(unet, changed, SCHEDULE).z_restored)
-    assert torch.equal(restored[0], restored[1]) and torch.equal(restored[0], restored[2])
-    unet, _ = flagging(torch.where(noise_mask, 3.0, -3.0))
-    stepwise = [MaskedDDIM().restore(unet, torch.where(noise_mask, c, z0), SCHEDULE) for c in (z, z + 5)]
-    assert not torch.equal(stepwise[0].z_restored, stepwise[1].z_restored)
-
-
 # Independent formulas
 
 
@@ -350,8 +201,9 @@ def ddpm_step(z_t, z0_hat, ab, ab_before, eta, eps):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("n_steps", [1, 2, 5, 10])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize(
+    ("n_steps", "spacing"), [(1, "trailing"), (2, "leading"), (5, "trailing"), (10, "leading")]
+)
 @pytest.mark.parametrize(("kind", "step"), [(MaskedDDIM, ddim_step), (MaskedDDPM, ddpm_step)])
 def test_samplers_equal_their_formulas(kind, step, eta, n_steps, spacing):
     u = (np.arange(11) / 10 + 0.008) / 1.008
@@ -360,7 +212,7 @@ def test_samplers_equal_their_formulas(kind, step, eta, n_steps, spacing):
     alpha_bar = np.concatenate([[1.0], np.cumprod(1 - beta)])
     z = case()[2].double()
     expected = slow_restore(z, n_steps, eta, alpha_bar, step, spacing)
-    result = kind(n_steps, eta, spacing=spacing).restore(stand_in, z, SCHEDULE, seeded(8))
+    result = kind(n_steps, eta, step_spacing=spacing).restore(stand_in, z, SCHEDULE, seeded(8))
     np.testing.assert_allclose(result.z_restored, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -372,6 +224,15 @@ def test_posterior_mean_is_that_of_the_gaussian_by_bayes():
     precision = 1 / (1 - ab_before) + alpha / (1 - alpha)
     mean = (ab_before**0.5 * z0 / (1 - ab_before) + alpha**0.5 * z_t / (1 - alpha)) / precision
     torch.testing.assert_close(posterior_mean(z_t, z0, ab, ab_before), mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("eta", -0.1), ("eta", 1.1), ("mask_threshold", -0.1), ("mask_threshold", 2)]
+)
+@pytest.mark.parametrize("kind", [MaskedDDIM, MaskedDDPM])
+def test_parameters_outside_their_range_are_refused(kind, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must lie in 0\.\.1, got {value}\."):
+        kind(**{name: value})
 
 
 @pytest.mark.parametrize("n_steps", [0, 11])

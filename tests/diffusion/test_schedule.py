@@ -113,7 +113,7 @@ def test_unusable_values_in_a_kept_position_do_not_spread():
         (lambda: NoiseSchedule.cosine(2.5), "n_timesteps must be a positive integer, got 2.5"),
         (lambda: NoiseSchedule.cosine(10).timesteps(0), r"n_steps must lie in 1\.\.10, .*got 0"),
         (lambda: NoiseSchedule.cosine(10).timesteps(11), r"n_steps must lie in 1\.\.10, .*got 11"),
-        (lambda: NoiseSchedule.cosine(10).timesteps(5, "even"), "spacing must be .*got 'even'"),
+        (lambda: NoiseSchedule.cosine(10).timesteps(5, "even"), "step_spacing must be .*got 'even'"),
     ],
 )
 def test_wrong_values_are_named(call, message):

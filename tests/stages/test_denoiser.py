@@ -133,7 +133,7 @@ def test_samples_have_the_mean_and_variance_of_the_posterior():
 
 @pytest.fixture
 def all_large(monkeypatch):
-    monkeypatch.setattr(madad.stages.denoiser, "LARGE_CACHE", 0)
+    monkeypatch.setattr(madad.stages.latent_cache, "LARGE_CACHE", 0)
 
 
 def open_files():
@@ -157,10 +157,10 @@ def test_a_cache_in_a_file_has_the_rows_of_the_one_in_memory(in_threes, tmp_path
 def test_only_a_large_cache_with_a_place_goes_to_a_file(autoencoder, tmp_path, monkeypatch):
     options = {"flip": False, "generator": seeded()}
     size = 4 * 10 * (2 + 2 + 1) * 8 * 8  # bytes: ten slices, two channels each and the brain's share
-    monkeypatch.setattr(madad.stages.denoiser, "LARGE_CACHE", size - 1)
+    monkeypatch.setattr(madad.stages.latent_cache, "LARGE_CACHE", size - 1)
     assert isinstance(cache_latents(autoencoder, STACK, directory=tmp_path, **options).mean, RowsOnDisk)
     assert isinstance(cache_latents(autoencoder, STACK, **options).mean, torch.Tensor)
-    monkeypatch.setattr(madad.stages.denoiser, "LARGE_CACHE", size)
+    monkeypatch.setattr(madad.stages.latent_cache, "LARGE_CACHE", size)
     assert isinstance(cache_latents(autoencoder, STACK, directory=tmp_path, **options).mean, torch.Tensor)
 
 
@@ -203,7 +203,7 @@ def test_no_file_stays_after_an_error(autoencoder, tmp_path, all_large):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_an_error(autoencoder, tmp_path, all_large, monkeypatch):
     full = open("/dev/full", "w+b", buffering=0)
-    monkeypatch.setattr(madad.stages.denoiser.tempfile, "TemporaryFile", lambda **options: full)
+    monkeypatch.setattr(madad.stages.latent_cache.tempfile, "TemporaryFile", lambda **options: full)
     with pytest.raises(
         OSError, match=r"cache_directory must have room for 5120 bytes, got .*No space"
     ) as error:
@@ -229,7 +229,7 @@ def train(
         autoencoder,
         stack,
         denoiser=denoiser,
-        objective=objective,
+        objective=make_objective(**objective),
         trainer=trainer,
         seed=seed,
         cache_directory=cache_directory,
@@ -285,7 +285,7 @@ def test_training_sees_every_slice_and_its_mirror_image(autoencoder, flip, n_bat
         autoencoder,
         STACK,
         denoiser=module,
-        objective=nothing_masked,
+        objective=make_objective(**nothing_masked),
         trainer=Trainer(1, batch_size=5),
         seed=0,
         flip=flip,

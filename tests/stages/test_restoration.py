@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,22 +8,15 @@ from torch import nn
 from madad.base.check_slices import check_slices
 from madad.datasets import make_brain_slices
 from madad.diffusion import MaskedDDIM, NoiseSchedule
+from madad.maps import MapRecipe, RestoredBatch
 from madad.maps.differences import image_map, latent_map, mask_map, upsample_map
-from madad.maps.recipe import RestoredBatch, decoding_for, maps_of
 from madad.maps.smoothing import finish_map
-from madad.stages.restoration import few_at_a_time, restore_batches
+from madad.stages.restoration import repair_batch_size, restore_batches
 from madad.testing import tiny_autoencoder
 
 IMAGES = make_brain_slices(7, size=32, random_state=0).images[:, :30, :29]  # padded to 32 x 32 inside
 SCHEDULE = NoiseSchedule.cosine(10)
-KNOBS = {
-    "anomaly_map": "image",
-    "reference": "reconstruction",
-    "map_difference": "absolute",
-    "gamma": 0.2,
-    "smoothing": "gaussian",
-    "smoothing_px": 1.0,
-}
+RECIPE = MapRecipe(smoothing_px=1.0)
 
 
 class Fake(nn.Module):
@@ -99,10 +94,10 @@ def test_where_nothing_is_flagged_nothing_changes(autoencoder):
     assert batch.decoded.size == batch.restored.size == batch.reconstruction.size == 0
     for kind in ("image", "latent"):
         for difference in ("absolute", "squared", "relative"):
-            knobs = KNOBS | {"anomaly_map": kind, "map_difference": difference}
-            assert not maps_of(batch, knobs, 4).any()
+            recipe = replace(RECIPE, anomaly_map=kind, map_difference=difference)
+            assert not recipe.maps_of(batch, 4).any()
     with_images, _ = restore(autoencoder, never, decode="restored")
-    assert maps_of(with_images, KNOBS | {"reference": "input"}, 4).any()
+    assert replace(RECIPE, reference="input").maps_of(with_images, 4).any()
 
 
 def test_a_slice_without_flags_beside_flagged_ones_does_not_change_either(autoencoder):
@@ -113,7 +108,7 @@ def test_a_slice_without_flags_beside_flagged_ones_does_not_change_either(autoen
 
     batch, _ = restore(autoencoder, all_but_the_first, batch_size=7)
     np.testing.assert_array_equal(batch.decoded, np.arange(1, 7))
-    maps = maps_of(batch, KNOBS, 4)
+    maps = RECIPE.maps_of(batch, 4)
     assert not maps[0].any() and all(one.any() for one in maps[1:])
 
 
@@ -135,7 +130,7 @@ def test_positions_outside_the_brain_are_never_flagged(autoencoder):
     assert not batch.noise_probability[..., ~inside].any()
     np.testing.assert_array_equal(batch.z_restored[..., ~inside], batch.z[..., ~inside])
     for kind in ("image", "latent", "mask"):
-        maps = maps_of(batch, KNOBS | {"anomaly_map": kind}, 4)
+        maps = replace(RECIPE, anomaly_map=kind).maps_of(batch, 4)
         assert not maps[~brain_mask].any() and maps[brain_mask].any()
 
 
@@ -192,13 +187,13 @@ def test_what_was_not_flagged_is_not_decoded_and_its_map_is_what_decoding_would_
     reconstruction = restore(autoencoder, never, decode="restored")[0].restored
     np.testing.assert_array_equal(reconstruction[changed.decoded], changed.reconstruction)
     raw = image_map(everything.restored, reconstruction, gamma=0.2)
-    np.testing.assert_array_equal(maps_of(changed, KNOBS, 4), finish_map(raw, changed.brain, 1.0))
+    np.testing.assert_array_equal(RECIPE.maps_of(changed, 4), finish_map(raw, changed.brain, 1.0))
 
 
 def test_only_flagged_slices_are_decoded_and_in_parts_of_one_size(autoencoder, monkeypatch):
     decode, calls = autoencoder.decode, []
     monkeypatch.setattr(autoencoder, "decode", lambda z: calls.append(len(z)) or decode(z))
-    monkeypatch.setattr("madad.stages.restoration.few_at_a_time", lambda *_: 2)
+    monkeypatch.setattr("madad.stages.restoration.repair_batch_size", lambda *_: 2)
     for flag, decoded, expected in (
         (never, "changed", []),
         (always, "changed", [2] * 8),
@@ -211,11 +206,11 @@ def test_only_flagged_slices_are_decoded_and_in_parts_of_one_size(autoencoder, m
         calls.clear()
 
 
-def test_few_at_a_time_is_a_power_of_two_up_to_the_batch_and_one_where_slices_are_heavy():
+def test_repair_batch_size_is_a_power_of_two_up_to_the_batch_and_one_where_slices_are_heavy():
     cpu = torch.device("cpu")
-    sizes = [few_at_a_time(16, cpu, needed) for needed in (1, 2**20, 3 * 2**20, 2**24, 2**30)]
+    sizes = [repair_batch_size(16, cpu, needed) for needed in (1, 2**20, 3 * 2**20, 2**24, 2**30)]
     assert sizes == [16, 16, 4, 1, 1]
-    assert [few_at_a_time(batch, torch.device("cuda"), 1) for batch in (1, 16, 256)] == [1, 4, 64]
+    assert [repair_batch_size(batch, torch.device("cuda"), 1) for batch in (1, 16, 256)] == [1, 4, 64]
 
 
 def test_an_unknown_kind_of_decoding_is_refused(autoencoder):
@@ -266,35 +261,17 @@ def test_maps_are_those_of_their_formula(autoencoder):
         ("mask", "input"): upsample_map(mask_map(batch.noise_probability), 4, 30, 29),
     }
     for (kind, reference), raw in expected.items():
-        knobs = KNOBS | {"anomaly_map": kind, "reference": reference}
-        maps = maps_of(restore(autoencoder, by_value, decode=decoding_for(knobs))[0], knobs, 4)
+        recipe = replace(RECIPE, anomaly_map=kind, reference=reference)
+        maps = recipe.maps_of(restore(autoencoder, by_value, decode=recipe.decode)[0], 4)
         np.testing.assert_array_equal(maps, finish_map(raw, batch.brain, 1.0))
         assert maps.dtype == np.float32 and maps.shape == IMAGES.shape and 0 < maps.max() <= 1
         assert not maps[IMAGES <= 0].any()
-    squared = maps_of(batch, KNOBS | {"map_difference": "squared"}, 4)
+    squared = replace(RECIPE, map_difference="squared").maps_of(batch, 4)
     raw = image_map(batch.restored, batch.reconstruction, gamma=0.2, difference="squared")
     np.testing.assert_array_equal(squared, finish_map(raw, batch.brain, 1.0))
 
 
 # Errors
-
-
-@pytest.mark.parametrize(
-    "knob, value",
-    [
-        ("anomaly_map", "wavelet"),
-        ("anomaly_map", None),
-        ("reference", "atlas"),
-        ("map_difference", "cubed"),
-        ("gamma", 0),
-        ("smoothing_px", -1),
-    ],
-)
-def test_wrong_knobs_of_the_maps_are_refused(autoencoder, knob, value):
-    batch, _ = restore(autoencoder, never, IMAGES[:1], batch_size=1)
-    with pytest.raises(ValueError, match=f"^{knob} must be") as caught:
-        maps_of(batch, KNOBS | {knob: value}, 4)
-    assert f"got {value!r}" in str(caught.value)
 
 
 def test_more_steps_than_times_are_refused(autoencoder):
