@@ -166,15 +166,20 @@ def restrict_to_brain(noise_mask: Tensor, brain_fraction: Tensor, rule: str = "p
         positions (16 pixels at a factor of 8) of which 90 % is brain, so that the cortical rim is never
         noised (docs/method.md, "Where the code differs", row 5).
     """
+    check_brain_rule(rule)
     if rule == "paper":
         return noise_mask * (brain_fraction > 0)
-    if rule == "original":
-        h, w = brain_fraction.shape[-2:]
-        padded = F.pad(brain_fraction, (0, w % ORIGINAL_BLOCK, 0, h % ORIGINAL_BLOCK))
-        blocks = F.avg_pool2d(padded, ORIGINAL_BLOCK) >= ORIGINAL_BRAIN_FRACTION
-        inside = F.interpolate(blocks.float(), scale_factor=ORIGINAL_BLOCK, mode="nearest")[..., :h, :w]
-        return noise_mask * inside
-    raise ValueError(f"brain_rule must be 'paper' or 'original', got {rule!r}. Use 'paper'.")
+    h, w = brain_fraction.shape[-2:]
+    padded = F.pad(brain_fraction, (0, w % ORIGINAL_BLOCK, 0, h % ORIGINAL_BLOCK))
+    blocks = F.avg_pool2d(padded, ORIGINAL_BLOCK) >= ORIGINAL_BRAIN_FRACTION
+    inside = F.interpolate(blocks.float(), scale_factor=ORIGINAL_BLOCK, mode="nearest")[..., :h, :w]
+    return noise_mask * inside
+
+
+def check_brain_rule(rule: str) -> None:
+    """Raise ValueError for a rule that `restrict_to_brain` does not know."""
+    if rule not in BRAIN_RULES:
+        raise ValueError(f"brain_rule must be 'paper' or 'original', got {rule!r}. Use 'paper'.")
 
 
 def smooth_field(n: int, c: int, h: int, w: int, generator: torch.Generator, cells: int = 4) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from madad.diffusion.corruption import Corruption, GaussianNoise
-from madad.diffusion.masking import BRAIN_RULES, RandomPatches, restrict_to_brain
+from madad.diffusion.masking import RandomPatches, check_brain_rule, restrict_to_brain
 from madad.diffusion.schedule import NoiseSchedule
 
-MASK_LOSSES = ("bce", "mse")
+
+def _bce(noise_logit: Tensor, noise_mask: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(noise_logit, noise_mask, reduction="none")
+
+
+def _mse(noise_logit: Tensor, noise_mask: Tensor) -> Tensor:
+    return (torch.sigmoid(noise_logit) - noise_mask).square()
+
+
+MASK_LOSSES = {"bce": _bce, "mse": _mse}
+"""Losses of the mask head at each position: the paper's, and the original code's."""
 
 
 def masked_diffusion_loss(
@@ -38,13 +49,16 @@ def masked_diffusion_loss(
     z0_loss, mask_loss : Tensor of shape (batch,)
     """
     z0_loss = (z0 - z0_hat).square().mean(dim=(1, 2, 3))
-    if mask_loss == "bce":
-        mask_term = F.binary_cross_entropy_with_logits(noise_logit, noise_mask, reduction="none")
-    elif mask_loss == "mse":
-        mask_term = (torch.sigmoid(noise_logit) - noise_mask).square()
-    else:
-        raise ValueError(f"mask_loss must be one of {MASK_LOSSES}, got {mask_loss!r}. The paper's is 'bce'.")
+    mask_term = _mask_loss_called(mask_loss)(noise_logit, noise_mask)
     return z0_loss, mask_term.mean(dim=(1, 2, 3))
+
+
+def _mask_loss_called(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if name not in MASK_LOSSES:
+        raise ValueError(
+            f"mask_loss must be one of {tuple(MASK_LOSSES)}, got {name!r}. The paper's is 'bce'."
+        )
+    return MASK_LOSSES[name]
 
 
 @dataclass
@@ -75,14 +89,10 @@ class MaskedDiffusionObjective:
     mask_loss_weight: float = 0.001
 
     def __post_init__(self):
-        if self.mask_loss not in MASK_LOSSES:
-            raise ValueError(
-                f"mask_loss must be one of {MASK_LOSSES}, got {self.mask_loss!r}. The paper's is 'bce'."
-            )
-        if self.brain_rule not in BRAIN_RULES:
-            raise ValueError(
-                f"brain_rule must be one of {BRAIN_RULES}, got {self.brain_rule!r}. Use 'paper'."
-            )
+        _mask_loss_called(self.mask_loss)
+        check_brain_rule(self.brain_rule)
+        if not self.mask_loss_weight >= 0:
+            raise ValueError(f"mask_loss_weight must be 0 or more, got {self.mask_loss_weight!r}. Use 0.001.")
 
     def noise(self, z0: Tensor, brain_fraction: Tensor, generator: torch.Generator):
         """Noise clean latents.

@@ -206,8 +206,6 @@ def make_objective(
     masks = {"patches": patches, "blobs": blobs, "either": EitherMask(patches, blobs)}
     if mask_shape not in masks:
         raise ValueError(f"mask_shape must be one of {MASK_SHAPES}, got {mask_shape!r}. Use 'patches'.")
-    if not mask_loss_weight >= 0:
-        raise ValueError(f"mask_loss_weight must be 0 or more, got {mask_loss_weight!r}. Use 0.001.")
     schedule = NoiseSchedule.cosine(n_timesteps)
     return MaskedDiffusionObjective(
         schedule, masks[mask_shape], corruption, brain_rule, mask_loss, mask_loss_weight

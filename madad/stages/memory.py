@@ -54,7 +54,8 @@ class StageMemory:
         if not (self.keeps and self.team.leads):
             known = self.team.broadcast(None)
             return train() if known is None else known
-        key, trained = content_hash((__version__, *decisive())), []
+        key = content_hash((__version__, *decisive()))
+        trained: list[T] = []
 
         def train_and_keep() -> T:
             trained.append(train())
@@ -63,8 +64,10 @@ class StageMemory:
             return trained[0]
 
         cached = self._memory.cache(_stage, ignore=["train"])
-        if self.team.size > 1 and self.team.broadcast(known := _look_up(cached, key)) is not None:
-            return known
+        if self.team.size > 1:
+            known = self.team.broadcast(_look_up(cached, key))
+            if known is not None:
+                return known
         try:
             return cached(key, train_and_keep)
         except _NotKept:
