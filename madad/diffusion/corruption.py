@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madad._runtime.portable import PortableDataclass
 from madad.diffusion.masking import smooth_field
 
 SAME_TISSUE = 1e-3  # standard deviations of a latent value
@@ -26,7 +27,7 @@ class Corruption(Protocol):
 
 
 @dataclass(frozen=True)
-class GaussianNoise:
+class GaussianNoise(PortableDataclass):
     """The paper's: independent standard normal values."""
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
@@ -35,7 +36,7 @@ class GaussianNoise:
 
 
 @dataclass(frozen=True)
-class ErasedLatents:
+class ErasedLatents(PortableDataclass):
     """Nothing: zero, the mean of healthy latents. Teaches to paint what is missing from what is around it."""
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
@@ -44,7 +45,7 @@ class ErasedLatents:
 
 
 @dataclass(frozen=True)
-class ForeignLatents:
+class ForeignLatents(PortableDataclass):
     """Healthy texture in the wrong place: another sample of the batch, flipped and shifted."""
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
@@ -66,7 +67,7 @@ class ForeignLatents:
 
 
 @dataclass(frozen=True)
-class SmoothOffset:
+class SmoothOffset(PortableDataclass):
     """Tissue moved in one direction of latent space, as a smooth lesion moves it.
 
     Parameters
@@ -129,7 +130,7 @@ class SmoothOffset:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(PortableDataclass):
     """For each sample one of several corruptions.
 
     Parameters

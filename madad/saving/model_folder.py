@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from sklearn.base import BaseEstimator
 
 from madad._runtime.distributed import leads
 
 FORMAT = "madad"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, CALIBRATION = "config.json", "calibration.json"
 CARD, README = "card.json", "README.md"
 
@@ -146,65 +142,6 @@ def read_config(path) -> dict:
 def read_card(path) -> dict:
     """Read how a model's images were made. Errors as `read_model`."""
     return _read_json(Path(path) / CARD)
-
-
-def to_json(value: Any) -> Any:
-    """A parameter value as plain JSON; tuples and objects carry a tag.
-
-    Raises
-    ------
-    TypeError
-        If the value is of a kind that a file cannot hold.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"__float__": repr(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, tuple):
-        return {"__tuple__": [to_json(item) for item in value]}
-    if isinstance(value, list):
-        return [to_json(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, BaseEstimator):
-        fields = value.get_params(deep=False)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    else:
-        raise TypeError(
-            f"a saved parameter must be a number, text, tuple, list, estimator or dataclass, got {value!r}. "
-            f"Pickle the estimator with joblib instead."
-        )
-    return {"__class__": type(value).__name__, "fields": to_json(fields)}
-
-
-def from_json(value: Any, classes: dict[str, type]) -> Any:
-    """What `to_json` was given; objects only of the classes allowed by name.
-
-    Raises
-    ------
-    ValueError
-        If an object's class is not among ``classes``.
-    """
-    if isinstance(value, list):
-        return [from_json(item, classes) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "__float__" in value:
-        return float(value["__float__"])
-    if "__tuple__" in value:
-        return tuple(from_json(item, classes) for item in value["__tuple__"])
-    if "__class__" in value:
-        name = value["__class__"]
-        if name not in classes:
-            raise ValueError(
-                f"classes in {CONFIG} must be among {sorted(classes)}, got {name!r}. The file is of a newer "
-                f"version, or has an object of your own: pickle such an estimator with joblib."
-            )
-        return classes[name](**from_json(value["fields"], classes))
-    return {key: from_json(item, classes) for key, item in value.items()}
 
 
 def _replaceable(path: Path) -> bool:

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madad._runtime.portable import PortableDataclass
 from madad.diffusion.masking import smooth_field
 
 
 @dataclass(frozen=True)
-class SliceAugmentation:
+class SliceAugmentation(PortableDataclass):
     """Further copies of the healthy slices: moved, slightly deformed, with another contrast and bias field.
 
     All widths are standard deviations unless they are called a range; 0 switches a part off. The left-right

@@ -8,7 +8,6 @@ from sklearn.utils.validation import check_memory
 from torch import nn
 
 from madad.base.sklearn_callbacks import FitTask
-from madad.saving.saved_detector import NOT_SAVED_OF_TRAINER
 from madad.stages.autoencoder import LatentAutoencoder
 from madad.stages.denoiser import (
     train_denoiser,
@@ -44,7 +43,7 @@ def _fit_autoencoder(key: str, inputs: dict | None) -> LatentAutoencoder:
     with task.stage("autoencoder", fits=autoencoder):
         autoencoder.set_params(verbose=inputs["verbose"]).fit_stack(inputs["stack"], inputs["groups"])
     if autoencoder.trainer is not None:
-        autoencoder.trainer.set_params(**NOT_SAVED_OF_TRAINER)
+        autoencoder.trainer = autoencoder.trainer.from_config(autoencoder.trainer.to_config())
     return _unless_stopped(autoencoder, task)
 
 
