@@ -179,8 +179,8 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
             if isinstance(given, FrozenEstimator):
                 if given.estimator is not part:
                     raise TypeError(
-                        f"{name} must be FrozenEstimator({attribute}) to be saved, got {given!r}, which is "
-                        f"not what was fitted with. Fit the detector again."
+                        f"{name} must be FrozenEstimator({attribute}) to be saved, got another than it was "
+                        f"fitted with, {' '.join(repr(given).split())}. Fit the detector again."
                     )
                 description["parameters"][name] = None
                 description["shared"].append(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from importlib import import_module
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ PARTS = {
     "Trainer": "madad.training.trainer",
     "UNetConfig": "madad.nn.unet",
 }
+
+LONGEST_SHOWN = 300  # characters of a value in an error: a network's are thousands
 
 
 def to_json(value: Any, name: str) -> Any:
@@ -64,7 +67,8 @@ def to_json(value: Any, name: str) -> Any:
     if not is_listed(kind, PARTS):
         raise TypeError(
             f"{name} must be a number, text, tuple, list, dict or one of {list(PARTS)} to be saved, got "
-            f"{value!r}. Use one of these, None where that is possible, or keep the estimator with joblib."
+            f"{shorten(repr(value), LONGEST_SHOWN)}. Use one of these, "
+            f"None where that is possible, or keep the estimator with joblib."
         )
     return {"__class__": kind.__name__, "fields": to_json(value.to_config(), name)}
 

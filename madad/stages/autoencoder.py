@@ -60,7 +60,8 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         Overrides the size's number of latent channels.
     init : path-like, str or None
         Weights to start from, instead of a new network of ``size``: whatever
-        `madad.pretrained.load_autoencoder` reads, a file, a directory or a hub id. Three-channel weights serve slices of one channel.
+        `madad.pretrained.load_autoencoder` reads, a file, a directory or a hub id. Three-channel weights
+        serve slices of one channel.
     pixel_loss : {"l1", "charbonnier"}
         What is taken of each pixel's error: its absolute value, or ``sqrt(error^2 + 0.001^2)``.
     kl_weight : float
@@ -400,7 +401,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         return F.avg_pool2d(pad_with_background(mask, factor, 0.0), factor)
 
     def identity(self, stack: SliceStack, groups) -> str:
-        """A hash of the slices in ``stack``, their ``groups`` and all settings, for checkpoints and caches."""
+        """A hash of the slices in ``stack``, their ``groups`` and the settings: it names what is kept."""
         settings = self.get_params(deep=False) | {"trainer": None, "verbose": None, "device": None}
         if self.init is None:
             settings["size"] = self._config(stack.image_shape)  # what the name stands for
