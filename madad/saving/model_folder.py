@@ -39,15 +39,15 @@ def write_model(
     path : path-like
         A new directory, or one that holds a model already, which is replaced.
     config : dict
-        What the model is, ready for JSON; the format's name and number are added.
+        What the model is, as values that JSON holds; the format's name and number are added.
     calibration : dict or None
-        Thresholds, ready for JSON. None = a network alone has none, and no such file.
+        Thresholds, as values that JSON holds. None = a network alone has none, and no such file.
     tensors : dict of dict of ndarray
-        One ``<name>.safetensors`` each.
+        Arrays by name, for one ``<name>.safetensors`` each.
     card : dict or None
-        How its images were made, ready for JSON.
+        How its images were made, as values that JSON holds. None = no such file.
     readme : str or None
-        What people read.
+        What people read, in Markdown. None = no such file.
 
     Raises
     ------
@@ -103,7 +103,21 @@ def refuse_foreign(path: Path) -> None:
 
 
 def read_model(path, names: tuple[str, ...]) -> tuple[dict, dict, dict[str, Tensors]]:
-    """Read what `write_model` wrote: config, calibration and the named tensor files.
+    """Read what `write_model` wrote.
+
+    Parameters
+    ----------
+    path : path-like
+        The directory of the model.
+    names : tuple of str
+        Which tensor files to read, without their suffix.
+
+    Returns
+    -------
+    config, calibration : dict
+        What was written, with the format's name and number.
+    tensors : dict of dict of ndarray
+        The arrays of each file.
 
     Raises
     ------
@@ -118,7 +132,7 @@ def read_model(path, names: tuple[str, ...]) -> tuple[dict, dict, dict[str, Tens
 
 
 def read_config(path) -> dict:
-    """Read what a model is. Parameters and errors as `read_model`; no other file is looked at."""
+    """Read what the model at ``path`` is, and look at no other file. Errors as `read_model`."""
     path = Path(path)
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(
@@ -140,7 +154,7 @@ def read_config(path) -> dict:
 
 
 def read_card(path) -> dict:
-    """Read how a model's images were made. Errors as `read_model`."""
+    """Read how the images of the model at ``path`` were made. Errors as `read_model`."""
     return _read_json(Path(path) / CARD)
 
 

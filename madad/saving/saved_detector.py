@@ -57,12 +57,12 @@ def save_detector(detector: Any, path, card: ModelCard | None = None) -> None:
     write_model(path, config, calibration, tensors, card=card.to_json(), readme=readme)
 
 
-def load_detector(cls: Any, path) -> Any:
+def load_detector(kind: Any, path) -> Any:
     """Read what `save_detector` wrote.
 
     Parameters
     ----------
-    cls : type
+    kind : type
         Class of the detector; a directory with another one is refused.
     path : path-like
         The directory that was written, of this format or an earlier one.
@@ -75,16 +75,16 @@ def load_detector(cls: Any, path) -> Any:
     found = read_config(path).get("class")
     if found in list(NETWORK_USES):
         raise ValueError(
-            f"{path} must hold a {cls.__name__}, got a network alone, {found!r}. Fit a detector with it: "
+            f"{path} must hold a {kind.__name__}, got a network alone, {found!r}. Fit a detector with it: "
             f"{NETWORK_USES[found]}."
         )
-    if found != cls.__name__:
-        raise ValueError(f"{path} must hold a {cls.__name__}, got {found!r}. Load it as that.")
-    config, calibration, tensors = read_model(path, cls._tensor_files())
+    if found != kind.__name__:
+        raise ValueError(f"{path} must hold a {kind.__name__}, got {found!r}. Load it as that.")
+    config, calibration, tensors = read_model(path, kind._tensor_files())
     try:
         if config["format_version"] == 1:
             config = from_format_1(config)
-        return cls.from_saved(from_json(config | {"calibration": calibration}), tensors)
+        return kind.from_saved(from_json(config | {"calibration": calibration}), tensors)
     except (KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, IndexError) as error:
         raise ValueError(
             f"{path} must hold the config and tensors that save() wrote, got parts that do not fit "
