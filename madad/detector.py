@@ -30,7 +30,6 @@ from madad.diffusion import (
 from madad.maps.recipe import MapRecipe, RestoredBatch
 from madad.nn import MaskedUNet
 from madad.presets import PRESETS, choose_preset
-from madad.saving.saved_detector import NOT_SAVED_OF_TRAINER
 from madad.stages.augmentation import SliceAugmentation
 from madad.stages.autoencoder import LatentAutoencoder, shared_autoencoder
 from madad.stages.denoiser import (
@@ -422,7 +421,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
             with running.task.stage("autoencoder", fits=autoencoder):
                 autoencoder.set_params(verbose=self.verbose).fit_stack(running.healthy, running.subjects)
             if autoencoder.trainer is not None:
-                autoencoder.trainer.set_params(**NOT_SAVED_OF_TRAINER)
+                autoencoder.trainer.set_params(checkpoint_dir=None, callbacks=())
             return autoencoder
 
         return running.memory.result(train, decisive, running.was_stopped)

@@ -364,7 +364,7 @@ DAMAGES = {
     "newer format": (
         edit_config(lambda config: config.update(format_version=99)),
         ValueError,
-        "format_version must be at most 1, got 99",
+        "format_version must be at most 2, got 99",
     ),
     "part missing": (
         edit_config(lambda config: config.pop("denoiser")),
@@ -452,7 +452,7 @@ def test_an_own_corruption_works_but_cannot_be_saved(healthy, tmp_path):
             return torch.ones_like(z0)
 
     detector = strict_detector(corruption=Ones()).fit(healthy)
-    with pytest.raises(TypeError, match="a saved parameter must be .* got <.*Ones"):
+    with pytest.raises(TypeError, match="corruption must be .* got <.*Ones"):
         detector.save(tmp_path / "model")
 
 

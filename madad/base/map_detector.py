@@ -11,18 +11,20 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import OutlierMixin
+from sklearn.frozen import FrozenEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from madad._runtime.distributed import ALONE, Team
-from madad._runtime.random import hold_out, isolated_seed
-from madad._runtime.tensors import state_from_numpy, state_to_numpy
+from madad._runtime.portable import PortableNetwork
+from madad._runtime.random import hold_out
 from madad.base.slice_estimator import SliceEstimator
 from madad.base.slice_stack import SliceStack, let_go
 from madad.maps.pooling import healthy_threshold, pool_map
-from madad.nn import MaskedUNet
 from madad.saving.model_card import ModelCard
 from madad.saving.saved_detector import load_detector, save_detector
+
+CALIBRATED = ("offset_", "map_threshold_", "calibrated_with_")
 
 
 class AnomalyMapDetector(OutlierMixin, SliceEstimator):
@@ -41,8 +43,9 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         pixels.
     """
 
-    # What `save` writes: attributes that hold a network or an estimator, and plain ones.
+    # What `save` writes: attributes that hold a network or an estimator, arrays, and plain values.
     _saved_parts: ClassVar[dict[str, type]] = {}
+    _saved_arrays: ClassVar[tuple[str, ...]] = ()
     _saved_attributes: ClassVar[tuple[str, ...]] = ("n_features_in_", "image_shape_", "intensity_range_")
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -156,17 +159,24 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
     def save(self, path, *, card: ModelCard | None = None) -> None:
         """Write the fitted detector to a directory: JSON and safetensors, no pickle, no device.
 
-        ``card`` says how its images were made, where that is known; ``README.md`` beside the model shows it.
-        ``memory``, a `RandomState` and the device are not saved; an own ``nn.Module`` as denoiser cannot
-        be (pickle the estimator with joblib then). Under ``torchrun`` only the process of rank 0 writes; the
-        others return at once.
+        What belongs to one machine or one run stays behind: ``device``, ``memory``, ``verbose``, a
+        `RandomState`, and the trainers' callbacks and checkpoints. Of a network that was given to start from,
+        the shape is saved. Under ``torchrun`` only the process of rank 0 writes; the others return at once.
+
+        Parameters
+        ----------
+        path : path-like
+            A new directory, an empty one, or one with a model already, which is replaced.
+        card : ModelCard or None
+            How its images were made, where that is known; ``README.md`` beside the model shows it.
 
         Raises
         ------
         FileExistsError
             If ``path`` holds something other than a model.
         TypeError
-            If a parameter is of a kind that a file cannot hold.
+            If `load` could not rebuild a parameter or a fitted part: a corruption, a perceptual distance or
+            a network of your own. Nothing is written then; keep such an estimator with joblib.
         """
         check_is_fitted(self)
         save_detector(self, path, card)
@@ -182,6 +192,71 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
             executed.
         """
         return load_detector(cls, path)
+
+    def to_config(self) -> dict[str, Any]:
+        """The parameters without those of one machine, and the shape of a network that was given."""
+        config = super().to_config()
+        for name, _, kind in self._named_parts():
+            if type(config.get(name)) is kind and issubclass(kind, PortableNetwork):
+                config[name] = config[name].config
+        return config
+
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+        """What a saved detector is, and the tensors of each file; see `madad._runtime.portable`.
+
+        Raises
+        ------
+        TypeError
+            If a fitted part is not of madad's own class.
+        """
+        description: dict[str, Any] = {"parameters": self.to_config(), "shared": []}
+        tensors = {}
+        for name, attribute, kind in self._named_parts():
+            part, given = getattr(self, attribute), description["parameters"].get(name)
+            if type(part) is not kind:  # a subclass may do something else
+                raise TypeError(
+                    f"{name} must be a {kind.__name__} to be saved, got {type(part).__name__}. "
+                    f"Keep the estimator with joblib instead."
+                )
+            if isinstance(given, FrozenEstimator):
+                if given.estimator is not part:
+                    raise TypeError(
+                        f"{name} must be FrozenEstimator({attribute}) to be saved, got another than it was "
+                        f"fitted with, {' '.join(repr(given).split())}. Fit the detector again."
+                    )
+                description["parameters"][name] = None
+                description["shared"].append(name)
+            description[name], tensors[name] = part.to_saved()
+        for attribute in self._saved_arrays:
+            tensors[attribute.rstrip("_")] = {"values": getattr(self, attribute)}
+        description["fitted"] = {name: getattr(self, name) for name in self._saved_attributes}
+        description["calibration"] = {name: getattr(self, name) for name in CALIBRATED}
+        return description, tensors
+
+    @classmethod
+    def from_saved(cls, description: dict[str, Any], tensors: dict[str, dict[str, np.ndarray]]) -> Self:
+        """The detector whose `to_saved` gave ``description`` and ``tensors``."""
+        detector = cls.from_config(description["parameters"])
+        for name, attribute, kind in cls._named_parts():
+            part = kind.from_saved(description[name], tensors[name])
+            setattr(detector, attribute, part)
+            if name in description["shared"]:
+                setattr(detector, name, FrozenEstimator(part))
+        for attribute in cls._saved_arrays:
+            setattr(detector, attribute, tensors[attribute.rstrip("_")]["values"])
+        for group, attributes in (("fitted", cls._saved_attributes), ("calibration", CALIBRATED)):
+            for attribute in attributes:
+                setattr(detector, attribute, description[group][attribute])
+        return detector
+
+    @classmethod
+    def _named_parts(cls) -> list[tuple[str, str, Any]]:
+        """Name, attribute and class of each saved part; the name is its parameter's and its file's."""
+        return [(attribute.rstrip("_"), attribute, kind) for attribute, kind in cls._saved_parts.items()]
+
+    @classmethod
+    def _tensor_files(cls) -> tuple[str, ...]:
+        return tuple(attribute.rstrip("_") for attribute in (*cls._saved_parts, *cls._saved_arrays))
 
     def _gathered(self, stack: SliceStack, dtype, of_maps: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """What is made of the maps of each batch, in the layout of the stack."""
@@ -293,10 +368,10 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         """State that holds no device: the weights of networks as arrays."""
         state = super().__getstate__().copy()
         packed = {}
-        for name in self._saved_parts:
+        for name, kind in self._saved_parts.items():
             network = state.get(name)
-            if type(network) is MaskedUNet:  # not a subclass, which may do something else
-                packed[name] = (network.config, state_to_numpy(network))
+            if type(network) is kind and isinstance(network, PortableNetwork):  # a subclass may be another
+                packed[name] = network.to_saved()
                 del state[name]
             elif isinstance(network, nn.Module):
                 state[name] = copy.deepcopy(network).cpu()
@@ -306,9 +381,9 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         state = dict(state)
         packed = state.pop("_packed")
         super().__setstate__(state)
-        for name, (config, arrays) in packed.items():
-            with isolated_seed(0):  # building a network draws weights
-                setattr(self, name, state_from_numpy(MaskedUNet(config), arrays).eval())
+        kinds: Any = self._saved_parts
+        for name, saved in packed.items():
+            setattr(self, name, kinds[name].from_saved(*saved))
 
 
 def _share_of(stack: SliceStack, team: Team) -> SliceStack:

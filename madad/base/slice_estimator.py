@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from numbers import Integral
+from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator
@@ -15,6 +16,8 @@ from madad._runtime.random import spawn_seeds
 from madad._runtime.tensors import resolve_device
 from madad.base.check_slices import as_numpy, check_slices
 from madad.base.slice_stack import SliceStack
+
+OF_ONE_MACHINE = ("device", "memory", "verbose")
 
 
 class SliceEstimator(BaseEstimator):
@@ -30,6 +33,23 @@ class SliceEstimator(BaseEstimator):
         tags.input_tags.three_d_array = True
         tags.non_deterministic = False
         return tags
+
+    def to_config(self) -> dict[str, Any]:
+        """The parameters without those of one machine; see `madad._runtime.portable`.
+
+        A ``random_state`` that is a generator is one of its draws, and no seed: it becomes None.
+        """
+        config = {
+            name: value for name, value in self.get_params(deep=False).items() if name not in OF_ONE_MACHINE
+        }
+        if isinstance(config.get("random_state"), np.random.RandomState):
+            config["random_state"] = None
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """An estimator, not fitted, with the parameters ``config`` that `to_config` gave."""
+        return cls(**config)
 
     def _check_fit_slices(self, X, brain_mask=None) -> SliceStack:
         """Validate training slices and remember their shape and scale."""

@@ -85,7 +85,7 @@ class PatchFeatureDistance(Baseline):
     CVPR 2022, arXiv 2106.08265.
     """
 
-    _saved_parts: ClassVar[dict[str, type]] = {"prototypes_": np.ndarray}
+    _saved_arrays: ClassVar[tuple[str, ...]] = ("prototypes_",)
     _saved_attributes = (*Baseline._saved_attributes, "feature_scale_", "upscale_")
 
     def __init__(

@@ -1,7 +1,8 @@
 """What fills the masked latents during training: noise (the paper), or something more like a lesion.
 
 A corruption is a small frozen object with one method, ``fill(z0, generator)``, that returns a tensor of the
-shape of ``z0``: it stands where the forward process has its Gaussian noise. Latents have unit variance.
+shape of ``z0``: it stands where the forward process has its Gaussian noise (``docs/method.md``). Latents have
+unit variance.
 """
 
 from __future__ import annotations
@@ -13,42 +14,62 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madad._runtime.portable import PortableDataclass
 from madad.diffusion.masking import smooth_field
 
 SAME_TISSUE = 1e-3  # standard deviations of a latent value
 
 
 class Corruption(Protocol):
-    """Anything with this method can be the ``corruption`` of a detector."""
+    """Anything with this method can be the ``corruption`` of a detector.
+
+    A detector with one of your own works; only those of this file can be saved with it.
+    """
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
-        """What the forward process mixes into the masked positions, (batch, c, h, w)."""
+        """What the forward process mixes into the masked positions.
+
+        Parameters
+        ----------
+        z0 : Tensor of shape (batch, c, h, w)
+            Clean latents, of about unit variance; they are left as they are.
+        generator : torch.Generator
+            The only source of randomness, on the CPU.
+
+        Returns
+        -------
+        Tensor of shape (batch, c, h, w)
+            The fill of each position, masked or not, of the type and on the device of ``z0``.
+        """
 
 
 @dataclass(frozen=True)
-class GaussianNoise:
+class GaussianNoise(PortableDataclass):
     """The paper's: independent standard normal values."""
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
-        """Standard normal noise of the shape of ``z0``."""
+        """Standard normal noise of the shape of ``z0``, drawn by ``generator``."""
         return torch.randn(z0.shape, generator=generator, dtype=z0.dtype).to(z0.device)
 
 
 @dataclass(frozen=True)
-class ErasedLatents:
+class ErasedLatents(PortableDataclass):
     """Nothing: zero, the mean of healthy latents. Teaches to paint what is missing from what is around it."""
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
-        """Zeros of the shape of ``z0``."""
+        """Zeros of the shape of ``z0``; nothing is drawn by ``generator``."""
         return torch.zeros_like(z0)
 
 
 @dataclass(frozen=True)
-class ForeignLatents:
+class ForeignLatents(PortableDataclass):
     """Healthy texture in the wrong place: another sample of the batch, flipped and shifted."""
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
-        """Each sample's fill is one other sample, mirrored or not, rolled by at least an eighth."""
+        """Each sample's fill is one other of ``z0``, mirrored or not, rolled by at least an eighth.
+
+        Which other, how far and whether mirrored is drawn by ``generator``.
+        """
         n, _, h, w = z0.shape
         other = (torch.arange(n) + torch.randint(1, max(n, 2), (n,), generator=generator)) % n
         quarter = (h // 4 or 1, w // 4 or 1)
@@ -66,7 +87,7 @@ class ForeignLatents:
 
 
 @dataclass(frozen=True)
-class SmoothOffset:
+class SmoothOffset(PortableDataclass):
     """Tissue moved in one direction of latent space, as a smooth lesion moves it.
 
     Parameters
@@ -74,17 +95,18 @@ class SmoothOffset:
     magnitude : (float, float)
         Range of the offset's length (Euclidean, over channels), in standard deviations of a latent value.
     noise : float
-        Standard deviation of the noise added to the moved tissue.
+        Standard deviation of the noise added to the moved tissue, 0 or more.
     flatten : float
-        Largest share by which the tissue's own texture is replaced by zero, the mean of healthy latents.
+        Largest share, 0..1, by which the tissue's own texture is replaced by zero, the mean of healthy
+        latents.
     tissue_share : float
-        Probability that the direction is one in which tissues differ from each other (the difference of two
-        latents averaged over 5 x 5 positions, either sign) instead of a random one. Averaging leaves what
-        an intensity shift moves and takes out texture. Where the two hardly differ (both background), the
-        direction is random.
+        Probability, 0..1, that the direction is one in which tissues differ from each other (the difference
+        of two latents averaged over 5 x 5 positions, either sign) instead of a random one. Averaging leaves
+        what an intensity shift moves and takes out texture. Where the two hardly differ (both background),
+        the direction is random.
     patchy : float
-        Probability that two offsets share the tissue between them in patches, as the core and the rim of a
-        tumour do.
+        Probability, 0..1, that two offsets share the tissue between them in patches, as the core and the rim
+        of a tumour do.
     """
 
     magnitude: tuple[float, float] = (0.7, 4.0)
@@ -94,7 +116,10 @@ class SmoothOffset:
     patchy: float = 0.5
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
-        """Tissue, flattened towards zero, plus one or two slowly varying offsets and little noise."""
+        """The tissue ``z0``, flattened towards zero, plus slowly varying offsets and little noise.
+
+        One offset or two to a sample; all is drawn by ``generator``.
+        """
         n, _, h, w = z0.shape
         offset, other = self._offset(z0, generator), self._offset(z0, generator)
         balance = 0.5 * torch.randn(n, 1, 1, 1, generator=generator)
@@ -129,21 +154,22 @@ class SmoothOffset:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(PortableDataclass):
     """For each sample one of several corruptions.
 
     Parameters
     ----------
     corruptions : tuple of Corruption
+        Those that are drawn from.
     probabilities : tuple of float or None
-        None = equal.
+        How likely each of them is, 0 or more, in any unit. None = all are equally likely.
     """
 
     corruptions: tuple[Corruption, ...] = (ErasedLatents(), ForeignLatents(), SmoothOffset())
     probabilities: tuple[float, ...] | None = None
 
     def fill(self, z0: Tensor, generator: torch.Generator) -> Tensor:
-        """The fill of one corruption per sample, drawn by ``probabilities``."""
+        """The fill of one corruption for each sample of ``z0``, drawn by ``generator``."""
         weights = torch.tensor(self.probabilities or [1.0] * len(self.corruptions))
         choice = torch.multinomial(weights, len(z0), True, generator=generator)
         fills = torch.stack([corruption.fill(z0, generator) for corruption in self.corruptions])
@@ -151,7 +177,10 @@ class Mixture:
 
 
 def erases(corruption) -> bool:
-    """Whether a network trained with it learns to repaint: `ErasedLatents`, alone or in a `Mixture`."""
+    """Whether a network trained with ``corruption`` learns to repaint.
+
+    It does with `ErasedLatents`, alone or in a `Mixture` that draws them.
+    """
     if isinstance(corruption, Mixture):
         weights = corruption.probabilities or [1.0] * len(corruption.corruptions)
         return any(erases(part) for part, w in zip(corruption.corruptions, weights, strict=True) if w > 0)

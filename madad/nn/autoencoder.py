@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from madad._runtime.portable import PortableDataclass, PortableNetwork
 from madad.nn.layers import (
     DepthToSpaceHead,
     Downsample,
@@ -22,7 +23,7 @@ ACTIVATIONS_AT_A_TIME = 12  # before and after a block, normalised, widened by t
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(PortableDataclass):
     """Shape of an `AutoencoderKL`.
 
     Parameters
@@ -205,7 +206,7 @@ class Decoder(nn.Module):
         return self.head(z)
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(PortableNetwork, nn.Module):
     """Variational autoencoder with a spatial latent, as in latent diffusion models.
 
     With the defaults it is CompVis' and diffusers' ``kl-f8`` (Rombach et al., CVPR 2022) exactly, except

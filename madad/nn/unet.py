@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from madad._runtime.portable import PortableDataclass, PortableNetwork
 from madad.nn.layers import (
     DepthToSpaceHead,
     Downsample,
@@ -20,7 +21,7 @@ from madad.nn.layers import (
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(PortableDataclass):
     """Shape of a `MaskedUNet`.
 
     Parameters
@@ -109,7 +110,7 @@ class _Block(nn.Module):
         return self.attention(self.residual(x, time_embedding))
 
 
-class MaskedUNet(nn.Module):
+class MaskedUNet(PortableNetwork, nn.Module):
     """Time-conditioned U-Net with two heads (MAD-AD, section 2): ``f_z0`` and ``f_M``.
 
     Parameters

@@ -21,20 +21,22 @@ class ModelCard:
     Attributes
     ----------
     contrasts : tuple of str
-        Its channels, such as ("T1",). Empty: not known, since arrays were given to ``fit``.
+        The model's channels in their order, such as ("T1",). Empty: not known, since arrays were given to
+        ``fit``.
     preprocessor : VolumePreprocessor or None
+        How scans were prepared, and are to be. None = not known.
     slicer : VolumeSlicer or None
-        Fitted.
+        How slices were cut from volumes; a fitted one. None = not known.
     aggregation : dict
         ``smoothing_mm``, ``median_slices``, ``min_volume_ml`` of `madad.volumes.predict_volume`.
     volume_threshold, volume_offset : float or None
-        Of maps and scores of volumes, from held-out healthy ones.
+        Thresholds of maps, 0..1, and of scores of volumes, from held-out healthy ones. None = not measured.
     intensity_thresholds : dict of str to float
-        Of plain intensity, from the same held-out slices: what a map is to be compared with.
+        Thresholds of plain intensity, from the same held-out slices: what a map is to be compared with.
     data, metrics : dict
-        What it was trained on; what was measured. Ready for JSON.
+        What the model was trained on, and what was measured of it: values that JSON holds, by name.
     healthy : dict of str to HealthyIntensities
-        Of each contrast.
+        Intensities of the healthy scans, by contrast.
     """
 
     contrasts: tuple[str, ...] = ()
@@ -54,7 +56,7 @@ class ModelCard:
         return {} if self.preprocessor is None else preprocessing_of(self.preprocessor)
 
     def to_json(self) -> dict:
-        """Ready for JSON."""
+        """All but ``healthy``, as values that JSON holds."""
         slicer = self.slicer
         return {
             "version": __version__,
@@ -88,7 +90,14 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, content: dict, tensors: Mapping[str, np.ndarray] | None = None) -> ModelCard:
-        """What `to_json` and `to_tensors` gave.
+        """The card that was written.
+
+        Parameters
+        ----------
+        content : dict
+            What `to_json` gave.
+        tensors : dict of str to ndarray, or None
+            What `to_tensors` gave. None = there was nothing.
 
         Raises
         ------
@@ -121,9 +130,14 @@ class ModelCard:
         Parameters
         ----------
         name : str
-            Of the model.
+            What the model is called, as in its heading.
         facts : dict
             What the model itself knows: class, preset, thresholds.
+
+        Returns
+        -------
+        str
+            Markdown.
         """
         unknown = "Not known: arrays were given to `fit`. Images must be prepared as those were."
         content = self.to_json()
@@ -153,7 +167,7 @@ class ModelCard:
 
 
 def preprocessing_of(preprocessor: VolumePreprocessor) -> dict:
-    """What a preprocessor's results depend on, ready for JSON."""
+    """What the results of ``preprocessor`` depend on, as values that JSON holds."""
     return preprocessor.get_params(deep=False)
 
 

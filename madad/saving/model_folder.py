@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from sklearn.base import BaseEstimator
 
 from madad._runtime.distributed import leads
 
 FORMAT = "madad"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, CALIBRATION = "config.json", "calibration.json"
 CARD, README = "card.json", "README.md"
 
@@ -43,15 +39,15 @@ def write_model(
     path : path-like
         A new directory, or one that holds a model already, which is replaced.
     config : dict
-        What the model is, ready for JSON; the format's name and number are added.
+        What the model is, as values that JSON holds; the format's name and number are added.
     calibration : dict or None
-        Thresholds, ready for JSON. None = a network alone has none, and no such file.
+        Thresholds, as values that JSON holds. None = a network alone has none, and no such file.
     tensors : dict of dict of ndarray
-        One ``<name>.safetensors`` each.
+        Arrays by name, for one ``<name>.safetensors`` each.
     card : dict or None
-        How its images were made, ready for JSON.
+        How its images were made, as values that JSON holds. None = no such file.
     readme : str or None
-        What people read.
+        What people read, in Markdown. None = no such file.
 
     Raises
     ------
@@ -107,7 +103,21 @@ def refuse_foreign(path: Path) -> None:
 
 
 def read_model(path, names: tuple[str, ...]) -> tuple[dict, dict, dict[str, Tensors]]:
-    """Read what `write_model` wrote: config, calibration and the named tensor files.
+    """Read what `write_model` wrote.
+
+    Parameters
+    ----------
+    path : path-like
+        The directory of the model.
+    names : tuple of str
+        Which tensor files to read, without their suffix.
+
+    Returns
+    -------
+    config, calibration : dict
+        What was written, with the format's name and number.
+    tensors : dict of dict of ndarray
+        The arrays of each file.
 
     Raises
     ------
@@ -122,7 +132,7 @@ def read_model(path, names: tuple[str, ...]) -> tuple[dict, dict, dict[str, Tens
 
 
 def read_config(path) -> dict:
-    """Read what a model is. Parameters and errors as `read_model`; no other file is looked at."""
+    """Read what the model at ``path`` is, and look at no other file. Errors as `read_model`."""
     path = Path(path)
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(
@@ -144,67 +154,8 @@ def read_config(path) -> dict:
 
 
 def read_card(path) -> dict:
-    """Read how a model's images were made. Errors as `read_model`."""
+    """Read how the images of the model at ``path`` were made. Errors as `read_model`."""
     return _read_json(Path(path) / CARD)
-
-
-def to_json(value: Any) -> Any:
-    """A parameter value as plain JSON; tuples and objects carry a tag.
-
-    Raises
-    ------
-    TypeError
-        If the value is of a kind that a file cannot hold.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"__float__": repr(value)}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, tuple):
-        return {"__tuple__": [to_json(item) for item in value]}
-    if isinstance(value, list):
-        return [to_json(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): to_json(item) for key, item in value.items()}
-    if isinstance(value, BaseEstimator):
-        fields = value.get_params(deep=False)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    else:
-        raise TypeError(
-            f"a saved parameter must be a number, text, tuple, list, estimator or dataclass, got {value!r}. "
-            f"Pickle the estimator with joblib instead."
-        )
-    return {"__class__": type(value).__name__, "fields": to_json(fields)}
-
-
-def from_json(value: Any, classes: dict[str, type]) -> Any:
-    """What `to_json` was given; objects only of the classes allowed by name.
-
-    Raises
-    ------
-    ValueError
-        If an object's class is not among ``classes``.
-    """
-    if isinstance(value, list):
-        return [from_json(item, classes) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "__float__" in value:
-        return float(value["__float__"])
-    if "__tuple__" in value:
-        return tuple(from_json(item, classes) for item in value["__tuple__"])
-    if "__class__" in value:
-        name = value["__class__"]
-        if name not in classes:
-            raise ValueError(
-                f"classes in {CONFIG} must be among {sorted(classes)}, got {name!r}. The file is of a newer "
-                f"version, or has an object of your own: pickle such an estimator with joblib."
-            )
-        return classes[name](**from_json(value["fields"], classes))
-    return {key: from_json(item, classes) for key, item in value.items()}
 
 
 def _replaceable(path: Path) -> bool:

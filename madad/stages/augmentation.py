@@ -9,38 +9,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from madad._runtime.portable import PortableDataclass
 from madad.diffusion.masking import smooth_field
 
 
 @dataclass(frozen=True)
-class SliceAugmentation:
+class SliceAugmentation(PortableDataclass):
     """Further copies of the healthy slices: moved, slightly deformed, with another contrast and bias field.
 
-    All widths are standard deviations unless they are called a range; 0 switches a part off. The left-right
-    flip is the autoencoder's ``flip``.
+    Widths are standard deviations, 0 or more, where nothing else is said; 0 switches a part off. The
+    left-right flip is the autoencoder's ``flip``.
 
     Parameters
     ----------
     n_copies : int
-        Copies of each slice beside the original.
+        Copies of each slice beside the original, 0 or more.
     rotation : float
         Largest angle in degrees, uniform in both directions.
     log_scale : float
-        Of the logarithm of the size, for height and width apart.
+        Width of the logarithm of the size, which is drawn for height and width apart.
     shear : float
-        Of the shear of the rows, in columns per row.
+        Width of the shear of the rows, in columns per row.
     translation : float
-        Of the shift, as a share of the larger side.
+        Width of the shift, as a share of the larger side.
     deformation : float
-        Of a smooth displacement field, as a share of the larger side.
+        Width of a smooth displacement field, as a share of the larger side.
     log_gamma : float
-        Of the logarithm of the exponent, taken about the slice's mean brain intensity.
+        Width of the logarithm of the exponent, taken about the slice's mean brain intensity.
     log_gain : float
-        Of the logarithm of the overall factor.
+        Width of the logarithm of the overall factor of the intensities.
     log_bias : float
-        Of the logarithm of a smooth multiplicative field.
+        Width of the logarithm of a smooth multiplicative field, as a scanner's coil makes one.
     noise : float
-        Of independent noise on images in 0..1.
+        Width of independent noise, on images in 0..1.
 
     Notes
     -----
@@ -65,8 +66,18 @@ class SliceAugmentation:
         Parameters
         ----------
         x : Tensor of shape (batch, C, H, W), in -1..1
+            Network images; intensities change in the brain alone, places everywhere.
         brain : Tensor of shape (batch, 1, H, W), bool
+            Their brain masks, on the device of ``x``.
         generator : torch.Generator
+            The only source of randomness, on the CPU.
+
+        Returns
+        -------
+        x : Tensor of shape (batch, C, H, W), in -1..1
+            A new copy of each image.
+        brain : Tensor of shape (batch, 1, H, W), bool
+            Where the brain is in it.
         """
         images = (x + 1) / 2
         images = torch.where(brain, self._recolour(images, brain, generator), images)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,7 +26,6 @@ from madad._runtime.tensors import (
     inference,
     pad_with_background,
     resolve_device,
-    state_from_numpy,
     state_to_numpy,
     to_images,
     to_network,
@@ -37,12 +39,13 @@ from madad.nn import AUTOENCODER_SIZES, AutoencoderConfig, AutoencoderKL, PatchD
 from madad.pretrained.loading import load_autoencoder
 from madad.stages.augmentation import SliceAugmentation
 from madad.stages.autoencoder_loss import ReconstructionObjective, TrainedAutoencoder
+from madad.stages.latent_statistics import LatentMoments, LatentStatistics, latent_report
 from madad.training import Trainer
 
 BACKGROUND = -1.0  # of a network image
 COMPONENT_SLICES = 256
 AUTO_SIZES = (("fast-f2", 96), ("fast-f4", 160), ("fast-f8", math.inf))
-LATENT_STATISTICS = ("latent_shift_", "latent_scale_")
+SAVED_ATTRIBUTES = ("n_features_in_", "image_shape_", "intensity_range_", "history_")
 
 
 class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
@@ -56,22 +59,24 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
     latent_channels : int or None
         Overrides the size's number of latent channels.
     init : path-like, str or None
-        Weights to start from instead of ``size``: whatever `madad.pretrained.load_autoencoder` reads, a file,
-        a directory or a hub id. Three-channel weights serve slices of one channel.
+        Weights to start from, instead of a new network of ``size``: whatever
+        `madad.pretrained.load_autoencoder` reads, a file, a directory or a hub id. Three-channel weights
+        serve slices of one channel.
     pixel_loss : {"l1", "charbonnier"}
-        Of the reconstruction.
+        What is taken of each pixel's error: its absolute value, or ``sqrt(error^2 + 0.001^2)``.
     kl_weight : float
-        Weight of the KL divergence (per latent value) to the standard normal.
+        Weight of the KL divergence (per latent value) to the standard normal, 0 or more.
     structure_weight : float
-        Weight of the L1 distance of image gradients at scales 1, 2 and 4.
+        Weight of the L1 distance of image gradients at scales 1, 2 and 4, 0 or more.
     perceptual : None, "efficientnet-lite0" or callable (x_hat, x) -> Tensor
-        A distance of features; see `madad.nn.make_perceptual`.
+        A distance of features that is added to the loss; see `madad.nn.make_perceptual`. None = no such term.
+        A model with a callable of your own works, and cannot be saved.
     perceptual_weight : float
-        Its weight.
+        Weight of the perceptual distance, 0 or more; 0 = it is not even loaded.
     adversarial_weight : float
-        Weight of the patch-adversarial term beside the adaptive one; 0 = no discriminator.
+        Weight of the patch-adversarial term beside the adaptive one, 0 or more; 0 = no discriminator.
     adversarial_start : int
-        Steps before the discriminator is trained and heeded.
+        Steps, 0 or more, before the discriminator is trained and heeded.
     learn_logvar : bool
         Learn the log-variance of the reconstruction term, as latent diffusion's code can.
     flip : bool
@@ -92,23 +97,32 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
     device : str or torch.device
         ``"auto"`` = the first GPU, else the CPU.
     random_state : int, RandomState or None
+        Seed of all draws: first weights, order of the slices, flips. None = another fit each time.
     verbose : bool
         Show a progress bar with the loss and the time left.
 
     Attributes
     ----------
     network_ : AutoencoderKL
+        The trained network, in evaluation mode.
     latent_shift_, latent_scale_ : ndarray of shape (latent_channels,)
         A latent is ``(posterior mean - shift) * scale``: zero mean and unit variance per channel over the
         brain of the training slices.
     image_shape_ : tuple (C, H, W)
+        Channels, height and width of the training slices, before padding.
     intensity_range_ : tuple (low, high)
+        Intensities that stand for 0 and 1.
     history_ : list of dict
-        See `Trainer.optimise`.
+        The training's losses and speeds, a record for each epoch; see `Trainer.optimise`.
+    config_ : AutoencoderConfig
+        Shape of the fitted network.
+    latent_shape_ : tuple (latent_channels, h, w)
+        Shape of the latent of a slice.
 
     Notes
     -----
-    The loss is `madad.stages.ReconstructionObjective`. The paper's autoencoder is a kl-f8 (Rombach et
+    Where it stands in the method is in ``docs/method.md``. The loss is
+    `madad.stages.ReconstructionObjective`. The paper's autoencoder is a kl-f8 (Rombach et
     al., CVPR 2022), pretrained with perceptual and patch-adversarial terms and fine-tuned on healthy slices:
     ``init=path, perceptual="efficientnet-lite0", adversarial_weight=0.5``. Published pipelines multiply
     latents by one literal scale; here it is estimated.
@@ -200,7 +214,19 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
 
     @with_callbacks
     def fit_stack(self, stack: SliceStack, groups=None):
-        """`fit` on slices that are already checked."""
+        """`fit` on slices that are already checked.
+
+        Parameters
+        ----------
+        stack : SliceStack
+            Healthy slices, each of them to be trained on or validated with.
+        groups : array-like of shape (n,), optional
+            The subject of each slice, as in `fit`.
+
+        Returns
+        -------
+        self
+        """
         trainer = self.trainer if self.trainer is not None else Trainer()
         trainer.check()
         self.image_shape_, self.intensity_range_ = stack.image_shape, stack.intensity_range
@@ -242,23 +268,24 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
                 description="autoencoder",
                 verbose=self.verbose,
             )
-        self._estimate_latent_scale(stack, team)
+        statistics = self._measure_latents(stack, team)
+        self.latent_shift_, self.latent_scale_ = statistics.shift, statistics.scale
         task.end_fit()
         return self
 
-    def identity(self, stack: SliceStack, groups) -> str:
-        """A hash of data and settings, for checkpoints and caches."""
-        settings = self.get_params(deep=False) | {"trainer": None, "verbose": None, "device": None}
-        if self.init is None:
-            settings["size"] = self._config(stack.image_shape)  # what the name stands for
-        else:
-            settings["init"] = state_to_numpy(
-                load_autoencoder(self.init, image_channels=stack.image_shape[0])
-            )
-        return content_hash((settings, stack.digest, None if groups is None else np.asarray(groups)))
-
     def transform(self, X) -> np.ndarray:
-        """Latents of slices: float32 (n, latent_channels, h, w), near zero mean and unit variance."""
+        """Latents of slices.
+
+        Parameters
+        ----------
+        X : array-like
+            Slices in any of the layouts of `fit`, of the height, width and channels that it saw.
+
+        Returns
+        -------
+        ndarray of shape (n, latent_channels, h, w), float32
+            The posterior's means, near zero mean and unit variance.
+        """
         stack = self._check_slices(X)
         device, latents = self._to_device(), []
         with inference(self.network_):
@@ -268,9 +295,17 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         return np.concatenate(latents)
 
     def inverse_transform(self, Z) -> np.ndarray:
-        """Images of latents (n, latent_channels, h, w): float32 (n, H, W) or (n, C, H, W), in 0..1.
+        """Images of latents.
 
-        Values are on the network's scale: ``intensity_range_`` is mapped to 0..1.
+        Parameters
+        ----------
+        Z : array-like of shape (n, latent_channels, h, w)
+            Scaled latents, as `transform` returns them.
+
+        Returns
+        -------
+        ndarray of shape (n, H, W) or (n, C, H, W), float32 in 0..1
+            Values are on the network's scale: ``intensity_range_`` is mapped to 0..1.
         """
         check_is_fitted(self)
         Z = as_numpy(Z).astype(np.float32)
@@ -287,10 +322,50 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         joined = np.concatenate(images)
         return joined[:, 0] if self.image_shape_[0] == 1 else joined
 
+    def score_report(self, X, *, brain_mask=None) -> dict[str, float]:
+        """How good the reconstructions and the latents of slices are.
+
+        Parameters
+        ----------
+        X, brain_mask :
+            As in `fit`; healthy slices that were not trained on.
+
+        Returns
+        -------
+        dict
+            ``mae``, ``psnr``, ``ssim`` and ``high_frequency_ratio`` inside the brain, see
+            `madad.metrics.reconstruction_errors`; ``latent_mean``, ``latent_std`` and ``dead_channels`` of
+            the latent positions that hold brain, see `madad.stages.latent_statistics.latent_report`.
+
+        Raises
+        ------
+        ImportError
+            Without scikit-image (extra ``report``).
+        """
+        stack, device = self._check_slices(X, brain_mask), self._to_device()
+        originals, copies = [], []
+        latents: list[Tensor] = []
+        variances: list[Tensor] = []
+        with inference(self.network_):
+            for x, inside, n_valid in self._batches(stack, device):
+                mean, logvar = self.encode(self.pad(x))
+                originals.append(to_images(x[:n_valid]))
+                copies.append(to_images(self.decode(mean)[:n_valid]))
+                for parts, values in ((latents, mean), (variances, logvar.exp())):
+                    parts.append(values[:n_valid].permute(0, 2, 3, 1)[inside].double().cpu())
+        brain = stack.brain(np.arange(len(stack)))[:, 0]
+        errors = reconstruction_errors(np.concatenate(originals), np.concatenate(copies), brain)
+        return errors | latent_report(torch.cat(latents), torch.cat(variances))
+
     @property
     def config_(self) -> AutoencoderConfig:
         """The fitted network's shape."""
         return self.network_.config
+
+    @property
+    def latent_statistics(self) -> LatentStatistics:
+        """What ``latent_shift_`` and ``latent_scale_`` do to latents."""
+        return LatentStatistics(self.latent_shift_, self.latent_scale_)
 
     @property
     def latent_shape_(self) -> tuple[int, int, int]:
@@ -300,42 +375,83 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         return self.config_.latent_channels, -(-height // factor), -(-width // factor)
 
     def batch_size_of(self, device: torch.device) -> int:
-        """The fixed number of slices per forward pass on a device."""
+        """The fixed number of slices per forward pass on ``device``."""
         _, height, width = self.image_shape_
         needed = self.config_.bytes_per_slice(height, width)
         return self.batch_size or forward_batch_size(height, width, device, needed)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the scaled latents of padded network images."""
+        """Mean and log-variance of the scaled latents of padded network images ``x``, (batch, C, H, W)."""
         posterior = self.network_.encode(x)
-        shift, scale = self._shift_and_scale(x)
-        return (posterior.mean - shift) * scale, posterior.logvar + 2 * scale.log()
+        return self.latent_statistics.scaled(posterior.mean, posterior.logvar)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Network images (batch, C, H, W), cropped to the slices' size, of scaled latents."""
-        shift, scale = self._shift_and_scale(z)
+        """Network images (batch, C, H, W), cropped to the slices' size, of scaled latents ``z``."""
         _, height, width = self.image_shape_
-        return self.network_.decode(z / scale + shift)[..., :height, :width]
+        return self.network_.decode(self.latent_statistics.unscaled(z))[..., :height, :width]
 
-    def _shift_and_scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        as_column = (torch.as_tensor(getattr(self, name)).to(like.device) for name in LATENT_STATISTICS)
-        shift, scale = (value[:, None, None] for value in as_column)
-        return shift, scale
+    def pad(self, x: Tensor) -> Tensor:
+        """Pad network images ``x`` with background to a multiple of the network's factor."""
+        return pad_with_background(x, self.config_.factor, BACKGROUND)
 
-    def _config(self, image_shape: tuple[int, int, int]) -> AutoencoderConfig:
-        size = self.size
-        if isinstance(size, str) and size == "auto":
-            longest = max(image_shape[1:])
-            size = next(name for name, limit in AUTO_SIZES if longest <= limit)
-        if isinstance(size, str) and size in AUTOENCODER_SIZES:
-            size = AUTOENCODER_SIZES[size]
-        if not isinstance(size, AutoencoderConfig):
-            raise ValueError(
-                f"size must be 'auto', one of {sorted(AUTOENCODER_SIZES)} or an AutoencoderConfig, "
-                f"got {size!r}. Use 'auto'."
+    def brain_fraction(self, brain: np.ndarray, device: torch.device) -> Tensor:
+        """Share of brain in each latent position: ``brain`` (n, 1, H, W) to (n, 1, h, w) on ``device``."""
+        mask = torch.from_numpy(np.ascontiguousarray(brain, dtype=np.float32)).to(device)
+        factor = self.config_.factor
+        return F.avg_pool2d(pad_with_background(mask, factor, 0.0), factor)
+
+    def identity(self, stack: SliceStack, groups) -> str:
+        """A hash of the slices in ``stack``, their ``groups`` and the settings: it names what is kept."""
+        settings = self.get_params(deep=False) | {"trainer": None, "verbose": None, "device": None}
+        if self.init is None:
+            settings["size"] = self._config(stack.image_shape)  # what the name stands for
+        else:
+            settings["init"] = state_to_numpy(
+                load_autoencoder(self.init, image_channels=stack.image_shape[0])
             )
-        channels = self.latent_channels or size.latent_channels
-        return replace(size, image_channels=image_shape[0], latent_channels=channels)
+        return content_hash((settings, stack.digest, None if groups is None else np.asarray(groups)))
+
+    def to_config(self) -> dict[str, Any]:
+        """The parameters without those of one machine; see `madad._runtime.portable`."""
+        config = super().to_config()
+        if isinstance(self.init, os.PathLike):
+            config["init"] = os.fspath(self.init)
+        return config
+
+    def to_saved(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What was fitted, and the weights and latent statistics by name; see `madad._runtime.portable`."""
+        description, weights = self.network_.to_saved()
+        statistics = {"latent_shift_": self.latent_shift_, "latent_scale_": self.latent_scale_}
+        return {
+            "parameters": self.to_config(),
+            "fitted": {name: getattr(self, name) for name in SAVED_ATTRIBUTES},
+            "network": description,
+        }, weights | statistics
+
+    @classmethod
+    def from_saved(cls, description: dict[str, Any], tensors: dict[str, np.ndarray]) -> Self:
+        """The autoencoder whose `to_saved` gave ``description`` and ``tensors``."""
+        autoencoder, weights = cls.from_config(description["parameters"]), dict(tensors)
+        autoencoder.latent_shift_ = weights.pop("latent_shift_")
+        autoencoder.latent_scale_ = weights.pop("latent_scale_")
+        autoencoder.network_ = AutoencoderKL.from_saved(description["network"], weights)
+        for name in SAVED_ATTRIBUTES:
+            setattr(autoencoder, name, description["fitted"][name])
+        return autoencoder
+
+    def __getstate__(self):
+        """State with arrays in place of the network: no device, and the same bytes for the same weights."""
+        state = super().__getstate__().copy()
+        if "network_" in state:
+            state["_packed_network"] = state.pop("network_").to_saved()
+        return state
+
+    def __setstate__(self, state):
+        state = dict(state)
+        packed = state.pop("_packed_network", None)
+        super().__setstate__(state)
+        if packed is not None:
+            self.network_ = AutoencoderKL.from_saved(*packed)
 
     def _start(self, stack: SliceStack, seed: int) -> tuple[AutoencoderKL, ReconstructionObjective]:
         """The network before training, on the device, and what it is trained for."""
@@ -366,12 +482,37 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
             self.adversarial_start,
         )
 
+    def _config(self, image_shape: tuple[int, int, int]) -> AutoencoderConfig:
+        size = self.size
+        if isinstance(size, str) and size == "auto":
+            longest = max(image_shape[1:])
+            size = next(name for name, limit in AUTO_SIZES if longest <= limit)
+        if isinstance(size, str) and size in AUTOENCODER_SIZES:
+            size = AUTOENCODER_SIZES[size]
+        if not isinstance(size, AutoencoderConfig):
+            raise ValueError(
+                f"size must be 'auto', one of {sorted(AUTOENCODER_SIZES)} or an AutoencoderConfig, "
+                f"got {size!r}. Use 'auto'."
+            )
+        channels = self.latent_channels or size.latent_channels
+        return replace(size, image_channels=image_shape[0], latent_channels=channels)
+
     def _check_latent_channels(self) -> None:
         if self.latent_channels not in (None, self.config_.latent_channels):
             raise ValueError(
                 f"latent_channels must be None or those of init, {self.config_.latent_channels}, got "
                 f"{self.latent_channels!r}. Leave it at None."
             )
+
+    def _start_from_components(self, stack: SliceStack, seed: int) -> None:
+        """Give the network blocks of brain from up to `COMPONENT_SLICES` slices."""
+        rows = np.random.default_rng(seed).permutation(len(stack))[:COMPONENT_SLICES]
+        x = self.pad(to_network(stack.images(rows), torch.device("cpu")))
+        brain = self.brain_fraction(stack.brain(rows), torch.device("cpu"))
+        p = self.config_.factor
+        blocks = rearrange(x, "n c (h p) (w q) -> (n h w) c p q", p=p, q=p)
+        inside = blocks[brain.flatten() > 0]
+        self.network_.start_from_components(inside if len(inside) > 1 else blocks)
 
     def _network_images(
         self, stack: SliceStack, index: Tensor, device: torch.device
@@ -394,114 +535,26 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
             x = torch.where(copied.to(x.device), copies, x)
         return x
 
-    def score_report(self, X, *, brain_mask=None) -> dict[str, float]:
-        """How good the reconstructions and the latents of slices are.
-
-        Parameters
-        ----------
-        X, brain_mask :
-            As in `fit`; slices that were not trained on.
-
-        Returns
-        -------
-        dict
-            ``mae``, ``psnr``, ``ssim`` and ``high_frequency_ratio`` inside the brain, see
-            `madad.metrics.reconstruction_errors`; ``latent_mean`` and
-            ``latent_std`` over the latent positions that hold brain (0 and 1 on the training slices); and
-            ``dead_channels``, the share of latent channels that vary less between positions than the
-            posterior's own standard deviation: they say nothing about the slice.
-
-        Raises
-        ------
-        ImportError
-            Without scikit-image (extra ``report``).
-        """
-        stack, device = self._check_slices(X, brain_mask), self._to_device()
-        originals, copies = [], []
-        latents: list[Tensor] = []
-        variances: list[Tensor] = []
-        with inference(self.network_):
-            for index, n_valid in fixed_batches(len(stack), self.batch_size_of(device)):
-                x, brain = self._network_images(stack, torch.from_numpy(index), device)
-                mean, logvar = self.encode(self.pad(x))
-                originals.append(to_images(x[:n_valid]))
-                copies.append(to_images(self.decode(mean)[:n_valid]))
-                inside = self.brain_fraction(brain, device)[:n_valid, 0] > 0
-                for parts, values in ((latents, mean), (variances, logvar.exp())):
-                    parts.append(values[:n_valid].permute(0, 2, 3, 1)[inside].double().cpu())
-        z, variance = torch.cat(latents), torch.cat(variances)
-        brain = stack.brain(np.arange(len(stack)))[:, 0]
-        return reconstruction_errors(np.concatenate(originals), np.concatenate(copies), brain) | {
-            "latent_mean": float(z.mean()),
-            "latent_std": float(z.std()),
-            "dead_channels": float((z.var(dim=0) < variance.mean(dim=0)).double().mean()),
-        }
-
-    def _start_from_components(self, stack: SliceStack, seed: int) -> None:
-        """Give the network blocks of brain from up to `COMPONENT_SLICES` slices."""
-        rows = np.random.default_rng(seed).permutation(len(stack))[:COMPONENT_SLICES]
-        x = self.pad(to_network(stack.images(rows), torch.device("cpu")))
-        brain = self.brain_fraction(stack.brain(rows), torch.device("cpu"))
-        p = self.config_.factor
-        blocks = rearrange(x, "n c (h p) (w q) -> (n h w) c p q", p=p, q=p)
-        inside = blocks[brain.flatten() > 0]
-        self.network_.start_from_components(inside if len(inside) > 1 else blocks)
-
-    def _estimate_latent_scale(self, stack: SliceStack, team: Team) -> None:
-        """Zero mean and unit variance per channel, over the latent positions that hold brain."""
-        device = self._to_device()
-        # rows: the brain's latent positions, and all of them, which serve where no slice has brain
-        count, total, squares = torch.zeros(2, 1).double(), torch.zeros(()), torch.zeros(())
+    def _measure_latents(self, stack: SliceStack, team: Team) -> LatentStatistics:
+        """Where the latents of healthy brain lie; each process of a team encodes its share of the slices."""
+        device, moments = self._to_device(), LatentMoments()
         share = team.shares(len(stack))[team.rank]
         own = stack.subset(np.arange(share.start, share.stop))
         with inference(self.network_):
-            for index, n_valid in fixed_batches(len(own), self.batch_size_of(device)):
-                mean = self.network_.encode(self.pad(to_network(own.images(index), device))).mean[:n_valid]
-                brain = self.brain_fraction(own.brain(index), device)[:n_valid] > 0
-                everywhere = mean.double().permute(0, 2, 3, 1)
-                groups = (everywhere[brain[:, 0]], everywhere.flatten(0, 2))
-                count += torch.tensor([[len(values)] for values in groups])
-                total = total + torch.stack([values.sum(0) for values in groups])
-                squares = squares + torch.stack([values.square().sum(0) for values in groups])
-        sums = torch.stack(team.gather(torch.cat([count, total.cpu(), squares.cpu()], dim=1))).sum(0)
-        count, (total, squares) = sums[:, 0], sums[:, 1:].chunk(2, dim=1)
-        row = 0 if count[0] > 0 else 1
-        shift = total[row] / float(count[row])
-        spread = (squares[row] / float(count[row]) - shift.square()).clamp_min(0).sqrt()
-        self.latent_shift_ = shift.float().cpu().numpy()
-        self.latent_scale_ = (1 / spread.clamp_min(1e-6)).float().cpu().numpy()
+            for x, inside, n_valid in self._batches(own, device):
+                moments.add(self.network_.encode(self.pad(x)).mean[:n_valid], inside)
+        return moments.statistics(team)
 
-    def pad(self, x: Tensor) -> Tensor:
-        """Pad network images with background to a multiple of the network's factor."""
-        return pad_with_background(x, self.config_.factor, BACKGROUND)
-
-    def brain_fraction(self, brain: np.ndarray, device: torch.device) -> Tensor:
-        """The share of brain in each latent position: (n, 1, H, W) -> (n, 1, h, w)."""
-        mask = torch.from_numpy(np.ascontiguousarray(brain, dtype=np.float32)).to(device)
-        factor = self.config_.factor
-        return F.avg_pool2d(pad_with_background(mask, factor, 0.0), factor)
+    def _batches(self, stack: SliceStack, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Network images, latent positions with brain (n_valid, h, w), and how many slices count."""
+        for index, n_valid in fixed_batches(len(stack), self.batch_size_of(device)):
+            inside = self.brain_fraction(stack.brain(index), device)[:n_valid, 0] > 0
+            yield to_network(stack.images(index), device), inside, n_valid
 
     def _to_device(self) -> torch.device:
         device = resolve_device(self.device)
         self.network_.to(device)
         return device
-
-    def __getstate__(self):
-        """State with arrays in place of the network: no device, and the same bytes for the same weights."""
-        state = super().__getstate__().copy()
-        if "network_" in state:
-            network = state.pop("network_")
-            state["_packed_network"] = (network.config, state_to_numpy(network))
-        return state
-
-    def __setstate__(self, state):
-        state = dict(state)
-        packed = state.pop("_packed_network", None)
-        super().__setstate__(state)
-        if packed is not None:
-            config, arrays = packed
-            with isolated_seed(0):  # building a network draws weights
-                self.network_ = state_from_numpy(AutoencoderKL(config), arrays).eval()
 
 
 def shared_autoencoder(autoencoder, stack: SliceStack, intensity_range) -> LatentAutoencoder:
@@ -510,10 +563,16 @@ def shared_autoencoder(autoencoder, stack: SliceStack, intensity_range) -> Laten
     Parameters
     ----------
     autoencoder : LatentAutoencoder
+        The fitted one; whatever a user gave in its place is refused.
     stack : SliceStack
-        What it is to be used on.
+        The slices that it is to be used on.
     intensity_range : (float, float) or "data"
-        Of the estimator that uses it.
+        Parameter of the estimator that uses it.
+
+    Returns
+    -------
+    LatentAutoencoder
+        The very same.
 
     Raises
     ------

@@ -21,7 +21,15 @@ STRUCTURE_SCALES = (1, 2, 4)
 
 
 class TrainedAutoencoder(nn.Module):
-    """What the optimiser sees: the network and, if it is learned, the log-variance of its reconstruction."""
+    """What the optimiser sees: the network and, if it is learned, the log-variance of its reconstruction.
+
+    Parameters
+    ----------
+    network : AutoencoderKL
+        The autoencoder that is trained, in place.
+    learn_logvar : bool
+        Whether one log-variance for all pixels is learned beside it, from 0 on.
+    """
 
     def __init__(self, network: AutoencoderKL, *, learn_logvar: bool):
         super().__init__()
@@ -30,7 +38,10 @@ class TrainedAutoencoder(nn.Module):
         self.reconstruction_logvar = nn.Parameter(logvar) if learn_logvar else None
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        """The network's answer; what is compiled, where the trainer compiles."""
+        """The reconstruction of ``x`` and its posterior; what is compiled, where the trainer compiles.
+
+        A latent is drawn by ``generator``; without one it is the posterior's mean.
+        """
         return self.network(x, generator)
 
 
@@ -42,17 +53,20 @@ class ReconstructionObjective:
     ----------
     pixel_loss : {"l1", "charbonnier"}
         Mean absolute error, or ``sqrt(error^2 + 0.001^2)``, which is smooth at 0.
-    kl_weight, structure_weight, perceptual_weight : float
-        Of the KL divergence per latent value to the standard normal, of `structure_distance`, and of
-        ``perceptual``.
+    kl_weight : float
+        Weight, 0 or more, of the KL divergence per latent value to the standard normal.
+    structure_weight : float
+        Weight, 0 or more, of `structure_distance`.
     perceptual : callable (x_hat, x) -> Tensor, or None
-        See `madad.nn.make_perceptual`.
+        Distance of features, whose mean is taken; see `madad.nn.make_perceptual`. None = no such term.
+    perceptual_weight : float
+        Weight, 0 or more, of ``perceptual``.
     discriminator : nn.Module or None
-        Gives logits of images; trained in turn with the autoencoder.
+        Gives logits of images; trained in turn with the autoencoder. None = no adversarial term.
     adversarial_weight : float
-        Of the generator's hinge loss, beside the adaptive weight.
+        Weight, 0 or more, of the generator's hinge loss, beside the adaptive weight.
     adversarial_start : int
-        Steps before either of the two sees the other.
+        Steps, 0 or more, before either of the two sees the other.
 
     Raises
     ------
@@ -91,7 +105,25 @@ class ReconstructionObjective:
     def __call__(
         self, trained: TrainedAutoencoder, x: Tensor, generator: torch.Generator, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch of network images (batch, C, H, W), and its terms by name.
+        """The loss of a batch.
+
+        Parameters
+        ----------
+        trained : TrainedAutoencoder
+            The network, and the log-variance where it is learned.
+        x : Tensor of shape (batch, C, H, W), in -1..1
+            Network images, padded to the network's factor.
+        generator : torch.Generator
+            Draws the latents from their posteriors.
+        step : int
+            Steps that were done before, 0 or more.
+
+        Returns
+        -------
+        loss : Tensor
+            A number to descend on.
+        terms : dict of Tensor
+            What it is the sum of, by name, before any weight.
 
         Raises
         ------
@@ -123,13 +155,39 @@ class ReconstructionObjective:
         return total, {name: term.detach() for name, term in terms.items()}
 
     def of_validation(self, trained: TrainedAutoencoder, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reconstruction term of the posterior's mean, without the terms that only help to train."""
+        """The reconstruction term of the posterior's mean, without the terms that only help to train.
+
+        Parameters
+        ----------
+        trained : TrainedAutoencoder
+            The network; its log-variance is left out.
+        x : Tensor of shape (batch, C, H, W), in -1..1
+            Network images that are not trained on.
+
+        Returns
+        -------
+        loss, terms
+            As of a call.
+        """
         return self._of_reconstruction(trained(x)[0].float(), x)
 
     def of_discriminator(
         self, discriminator: nn.Module, index: Tensor, generator: torch.Generator, step: int
     ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The discriminator's hinge loss on the batch just reconstructed; None where it was not asked."""
+        """The discriminator's hinge loss on the batch just reconstructed.
+
+        Parameters
+        ----------
+        discriminator : nn.Module
+            The one that is trained now.
+        index, generator, step :
+            What the trainer gives each loss; none of them is used.
+
+        Returns
+        -------
+        (Tensor, dict of Tensor) or None
+            The loss, also by name; None where the discriminator was not asked.
+        """
         if self._last is None:
             return None
         (x, x_hat), self._last = self._last, None
@@ -150,9 +208,10 @@ class ReconstructionObjective:
 
 
 def structure_distance(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Mean L1 distance of horizontal and vertical image gradients at scales 1, 2 and 4.
+    """Mean L1 distance of the gradients of ``x_hat`` and ``x``, across and down, at scales 1, 2 and 4.
 
-    An axis that a scale leaves one pixel of has no gradient there, which counts as no distance.
+    Both are network images (batch, C, H, W), and the distance is in their units, 0 or more. An axis that a
+    scale leaves one pixel of has no gradient there, which counts as no distance.
     """
     error = x_hat - x  # differences and means are linear, so they can be taken of the error
     total = x.new_zeros(())

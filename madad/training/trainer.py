@@ -179,6 +179,17 @@ class Trainer(BaseEstimator):
         self.accumulate = accumulate
         self.activation_checkpointing = activation_checkpointing
 
+    def to_config(self) -> dict:
+        """The parameters without those of one run; see `madad._runtime.portable`."""
+        of_one_run = ("checkpoint_dir", "callbacks")
+        parameters = self.get_params(deep=False)
+        return {name: value for name, value in parameters.items() if name not in of_one_run}
+
+    @classmethod
+    def from_config(cls, config: dict) -> Trainer:
+        """A trainer with the parameters ``config`` that `to_config` gave."""
+        return cls(**config)
+
     def optimise(
         self,
         module: nn.Module,

@@ -1,46 +1,25 @@
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 import madad.saving.model_folder
-from madad.diffusion import ErasedLatents, ForeignLatents, GaussianNoise, Mixture, SmoothOffset
-from madad.nn import AutoencoderConfig
 from madad.saving.model_folder import (
     CALIBRATION,
     CARD,
     CONFIG,
     FORMAT_VERSION,
     README,
-    from_json,
     read_card,
     read_config,
     read_model,
-    to_json,
     write_model,
 )
-from madad.stages.autoencoder import LatentAutoencoder
-from madad.training import Trainer
 
-CLASSES = {
-    kind.__name__: kind
-    for kind in (
-        Trainer,
-        LatentAutoencoder,
-        AutoencoderConfig,
-        Mixture,
-        GaussianNoise,
-        ErasedLatents,
-        ForeignLatents,
-        SmoothOffset,
-    )
-}
 TENSORS = {
     "first": {
         "w": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -49,98 +28,6 @@ TENSORS = {
     },
     "second": {"w": np.arange(6.0).reshape(2, 3).T},  # not contiguous
 }
-
-
-def through_json(value):
-    return from_json(json.loads(json.dumps(to_json(value), allow_nan=False)), CLASSES)
-
-
-# Values
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        *(None, True, False, 0, -3, 0.1, 1e-300, "text", "", math.inf, -math.inf, (), [], {}),
-        (1, (2.5, (True, None)), ["a", ("b",)]),
-        [(1, 2), [3, (4,)]],
-        {"a": (1, 2), "b": {"c": [math.inf, (None,)]}},
-    ],
-    ids=str,
-)
-def test_plain_values_come_back_equal_and_of_their_type(value):
-    back = through_json(value)
-    assert back == value and repr(back) == repr(value)
-
-
-def test_nan_comes_back():
-    assert math.isnan(through_json((math.nan,))[0])
-
-
-@pytest.mark.parametrize(
-    "value, plain",
-    [
-        (np.float32(0.5), 0.5),
-        (np.int64(7), 7),
-        (np.bool_(True), True),
-        (np.str_("a"), "a"),
-        (np.float64("inf"), math.inf),
-    ],
-)
-def test_numpys_scalars_come_back_as_plain_ones(value, plain):
-    back = through_json(value)
-    assert back == plain and type(back) is type(plain)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        AutoencoderConfig(image_channels=2, channel_multipliers=(1, 2)),
-        Mixture((GaussianNoise(), SmoothOffset((0.5, 2.0), noise=0.1)), (0.25, 0.75)),
-        Mixture(),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_dataclasses_come_back_equal(value):
-    assert through_json({"value": [value]})["value"] == [value]
-
-
-def test_estimators_come_back_with_their_parameters():
-    value = LatentAutoencoder(
-        AutoencoderConfig(latent_channels=3),
-        trainer=Trainer(max_time=math.inf, batch_size=np.int64(4)),
-        intensity_range=(0.0, 255.0),
-    )
-    back = through_json(value)
-    assert isinstance(back, LatentAutoencoder) and isinstance(back.trainer, Trainer)
-    plain, expected = back.get_params(), value.get_params()
-    assert plain.pop("trainer") is not expected.pop("trainer")
-    assert plain == expected
-
-
-@dataclass
-class Unknown:
-    value: int = 1
-
-
-@pytest.mark.parametrize(
-    "value", [object(), {1, 2}, np.zeros(2), torch.device("cpu"), torch.zeros(1), Unknown, b"bytes", 1j, len]
-)
-def test_what_a_file_cannot_hold_is_refused(value):
-    with pytest.raises(TypeError, match="a saved parameter must be a number, text") as caught:
-        to_json({"deep": [(value,)]})
-    assert f"got {value!r}" in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["Unknown", "os.system", "Popen", None])
-def test_a_class_that_is_not_allowed_by_name_is_refused(name):
-    content = to_json([Unknown()])
-    content[0]["__class__"] = name
-    with pytest.raises(
-        ValueError, match=r"classes in config.json must be among \['AutoencoderConfig'"
-    ) as caught:
-        from_json(content, CLASSES)
-    assert f"got {name!r}" in str(caught.value)
 
 
 # Writing

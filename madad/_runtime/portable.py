@@ -1,0 +1,58 @@
+"""How parts describe and rebuild themselves, so that `madad.saving` writes them without knowing their types.
+
+Two pairs of methods are all that it asks for:
+
+``to_config() -> dict`` and ``from_config(config)``
+    What was chosen: arguments of the constructor, without what belongs to one machine or one run. Estimators
+    have it, and what they take as parameters: a trainer, a corruption, the shape of a network.
+``to_saved() -> (description, tensors)`` and ``from_saved(description, tensors)``
+    What was learnt besides, of a network or of a fitted estimator: a value and arrays by name. A detector
+    gives such arrays for each of its files.
+
+What they give are values: None, truth values, numbers, texts, tuples, lists, dicts whose keys are texts, and
+other parts. Anything else is refused when a model is saved. A part that a file may name as a parameter stands
+in `madad.saving.json_values.PARTS` too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Self
+
+import numpy as np
+
+from madad._runtime.random import isolated_seed
+from madad._runtime.tensors import state_from_numpy, state_to_numpy
+
+
+class PortableDataclass:
+    """A dataclass whose fields describe it."""
+
+    def to_config(self) -> dict[str, Any]:
+        """The value of each field by its name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """The equal of what gave ``config`` by `to_config`."""
+        return cls(**config)
+
+
+class PortableNetwork:
+    """A network that its ``config`` and its weights describe; a base beside ``torch.nn.Module``."""
+
+    config: Any
+
+    def to_saved(self) -> tuple[Any, dict[str, np.ndarray]]:
+        """The network's ``config``, and its weights as arrays by name."""
+        return self.config, state_to_numpy(self)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_saved(cls, description: Any, tensors: dict[str, np.ndarray]) -> Self:
+        """The network of a config ``description`` with the weights ``tensors``, ready to predict.
+
+        No draw of the global generator is used up.
+        """
+        with isolated_seed(0):  # building a network draws weights
+            network: Any = cls(description)  # type: ignore[call-arg]
+        return state_from_numpy(network, tensors).eval()
