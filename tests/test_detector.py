@@ -364,7 +364,7 @@ DAMAGES = {
     "newer format": (
         edit_config(lambda config: config.update(format_version=99)),
         ValueError,
-        "format_version must be at most 1, got 99",
+        "format_version must be at most 2, got 99",
     ),
     "part missing": (
         edit_config(lambda config: config.pop("denoiser")),
@@ -1275,7 +1275,7 @@ def test_the_callbacks_that_were_given_are_called(tmp_path):
         loaded = MaskedDiffusionAnomalyDetector.load(tmp_path / model)
         trainers = [loaded.trainer, loaded.autoencoder_.trainer, getattr(loaded.autoencoder, "trainer", None)]
         for trainer in trainers:
-            assert trainer is None or (trainer.callbacks, trainer.checkpoint_dir) == ((), None)
+            assert trainer is None or (trainer.callbacks, trainer.checkpoint_dir) == (None, None)
 
 
 def test_a_detector_with_checkpoints_is_saved_cloned_and_pickled(tmp_path, steps):
@@ -1287,7 +1287,7 @@ def test_a_detector_with_checkpoints_is_saved_cloned_and_pickled(tmp_path, steps
     for restored in (loaded, pickle.loads(pickle.dumps(detector))):
         np.testing.assert_array_equal(learnt(restored), learnt(detector))
     for trainer in (loaded.trainer, loaded.autoencoder.trainer, loaded.autoencoder_.trainer):
-        assert (trainer.checkpoint_dir, trainer.callbacks) == (None, ())
+        assert (trainer.checkpoint_dir, trainer.callbacks) == (None, None)
     steps.clear()
     for copied in (
         clone(detector),

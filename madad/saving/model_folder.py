@@ -20,7 +20,7 @@ from sklearn.base import BaseEstimator
 from madad._runtime.distributed import leads
 
 FORMAT = "madad"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, CALIBRATION = "config.json", "calibration.json"
 CARD, README = "card.json", "README.md"
 

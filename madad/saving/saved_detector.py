@@ -14,6 +14,7 @@ from madad._runtime.random import isolated_seed
 from madad._runtime.tensors import state_from_numpy, state_to_numpy
 from madad.diffusion import ErasedLatents, ForeignLatents, GaussianNoise, Mixture, SmoothOffset
 from madad.nn import AutoencoderConfig, AutoencoderKL, MaskedUNet, UNetConfig
+from madad.saving.format_1 import from_format_1
 from madad.saving.model_card import ModelCard
 from madad.saving.model_folder import (
     CONFIG,
@@ -33,7 +34,6 @@ FITTED_AUTOENCODER = ("n_features_in_", "image_shape_", "intensity_range_", "his
 HEALTHY = "healthy"
 CALIBRATED = ("offset_", "map_threshold_", "calibrated_with_")
 NOT_SAVED = {"memory": None, "device": "auto", "verbose": False}
-NOT_SAVED_OF_TRAINER = {"checkpoint_dir": None, "callbacks": ()}
 SAVED_CLASSES: dict[str, type] = {
     allowed.__name__: allowed
     for allowed in (
@@ -110,6 +110,8 @@ def load_detector(cls: Any, path) -> Any:
     if found != cls.__name__:
         raise ValueError(f"{path} must hold a {cls.__name__}, got {found!r}. Load it as that.")
     config, calibration, tensors = read_model(path, tuple(name.rstrip("_") for name in cls._saved_parts))
+    if config["format_version"] == 1:
+        config = from_format_1(config)
     try:
         with isolated_seed(0):  # building a network draws weights
             return _from_parts(cls, config, calibration, tensors)
@@ -228,5 +230,5 @@ def _portable_parameters(estimator: Any) -> dict:
     if isinstance(parameters["random_state"], np.random.RandomState):
         parameters["random_state"] = None
     if isinstance(trainer, Trainer):
-        parameters["trainer"] = type(trainer)(**(trainer.get_params(deep=False) | NOT_SAVED_OF_TRAINER))
+        parameters["trainer"] = trainer.portable()
     return parameters

@@ -102,6 +102,7 @@ def train_denoiser(
     history : list of dict
         See `Trainer.optimise`.
     """
+    trainer = trainer.resolved()
     loss = make_objective(**objective)
     generator = generator_from(seed)
     train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, seed)

@@ -8,12 +8,11 @@ from sklearn.utils.validation import check_memory
 from torch import nn
 
 from madad.base.sklearn_callbacks import FitTask
-from madad.saving.saved_detector import NOT_SAVED_OF_TRAINER
 from madad.stages.autoencoder import LatentAutoencoder
 from madad.stages.denoiser import (
     train_denoiser,
 )
-from madad.training import Trainer, graceful_stop
+from madad.training import graceful_stop
 
 
 class _CutShort(Exception):
@@ -43,8 +42,7 @@ def _fit_autoencoder(key: str, inputs: dict | None) -> LatentAutoencoder:
     autoencoder, task = inputs["autoencoder"], inputs["task"]
     with task.stage("autoencoder", fits=autoencoder):
         autoencoder.set_params(verbose=inputs["verbose"]).fit_stack(inputs["stack"], inputs["groups"])
-    if autoencoder.trainer is not None:
-        autoencoder.trainer.set_params(**NOT_SAVED_OF_TRAINER)
+    autoencoder.set_params(trainer=autoencoder.trainer.portable())
     return _unless_stopped(autoencoder, task)
 
 
@@ -61,14 +59,6 @@ def _unless_stopped(result, task: FitTask):
         if stop.signal is not None or task.was_stopped:
             raise _CutShort(result)
     return result
-
-
-def _decisive(trainer: Trainer | None) -> dict | None:
-    """A trainer's parameters without those that do not decide what is learnt."""
-    if trainer is None:
-        return None
-    apart = ("checkpoint_dir", "checkpoint_every_s", "resume", "activation_checkpointing")
-    return {name: value for name, value in trainer.get_params().items() if name not in apart}
 
 
 def _directory(memory) -> str | None:

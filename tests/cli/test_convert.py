@@ -166,7 +166,7 @@ def test_config_says_what_it_is(run, sources, tmp_path):
     for name, kind in (("vae", "AutoencoderKL"), ("unet", "MaskedUNet")):
         run("convert", sources / f"{name}.pt", tmp_path / name)
         config = json.loads((tmp_path / name / "config.json").read_text())
-        assert (config["format"], config["format_version"], config["class"]) == ("madad", 1, kind)
+        assert (config["format"], config["format_version"], config["class"]) == ("madad", 2, kind)
 
 
 def test_json_tells_what_was_written(run, sources, unet, tmp_path):
