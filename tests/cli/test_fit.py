@@ -166,6 +166,37 @@ def test_a_stopped_training_says_how_to_go_on(run, prepared, tmp_path, monkeypat
     assert status == 130 and "--resume" in errors
 
 
+def test_time_and_precision_go_to_the_detector_and_the_rest_is_the_presets(
+    run, prepared, tmp_path, monkeypatch
+):
+    seen = []
+
+    def stopped(detector, *arguments, **options):
+        seen.append(detector)
+        raise fit.TrainingStoppedWarning("stopped")
+
+    monkeypatch.setattr(fit, "fit_volumes", stopped)
+    options = ("--resume", "--max-time", "60", "--precision", "bfloat16")
+    run("fit", prepared, tmp_path / "model", *TINY, *options)
+    run("fit", prepared, tmp_path / "model", *TINY, "--resume")
+    checkpoints = tmp_path / ".model-fit" / "checkpoints"
+    timed, plain = (
+        Trainer(precision="bfloat16", checkpoint_dir=checkpoints),
+        Trainer(checkpoint_dir=checkpoints),
+    )
+    for detector, max_time, trainer in zip(seen, (60.0, None), (timed, plain), strict=True):
+        assert (detector.preset, detector.autoencoder, detector.max_time) == ("tiny", None, max_time)
+        assert detector.trainer.get_params() == trainer.get_params()
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "inf", "nan", "long"])
+def test_a_time_that_is_none_is_refused(run, prepared, tmp_path, value, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", prepared, tmp_path / "model", *TINY, "--max-time", value)
+    errors = capsys.readouterr().err
+    assert "argument --max-time: " in errors and repr(value) in errors
+
+
 def test_slices_with_lesion_are_left_out_and_counted(run, patients, healthy, tmp_path):
     out = tmp_path / "prepared"
     joined = tmp_path / "all.tsv"
