@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from madad.cli import fit
+from madad.cli import fit, main
 from madad.datasets import Scan
 from madad.training import Trainer
 from madad.volumes.model import VolumeModel
@@ -190,9 +190,9 @@ def test_time_and_precision_go_to_the_detector_and_the_rest_is_the_presets(
 
 
 @pytest.mark.parametrize("value", ["0", "-3", "inf", "nan", "long"])
-def test_a_time_that_is_none_is_refused(run, prepared, tmp_path, value, capsys):
+def test_a_time_that_is_none_is_refused(value, capsys):
     with pytest.raises(SystemExit):
-        run("fit", prepared, tmp_path / "model", *TINY, "--max-time", value)
+        main(["fit", "prepared", "model", "--max-time", value])
     errors = capsys.readouterr().err
     assert "argument --max-time: " in errors and repr(value) in errors
 
