@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def measure(
 
     def trainer(steps: int, learning_rate: float, batch_size: int) -> Trainer:
         rest = {"batch_size": batch_size, "precision": options.precision}
-        return Trainer(10**6, max_steps=steps, learning_rate=learning_rate, **rest)
+        return Trainer(math.inf, max_steps=steps, learning_rate=learning_rate, **rest)
 
     start = time.monotonic()
     if "adversarial_weight" in terms:

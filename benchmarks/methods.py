@@ -24,8 +24,8 @@ from madad.baselines import (
 from madad.maps.differences import image_map
 from madad.maps.smoothing import finish_map
 from madad.presets import PRESETS
+from madad.training.trainer import DEFAULTS
 
-AUTOENCODER_SHARE = 0.1  # of MAD-AD's time or steps; the rest is the denoiser's
 SMALL_STEPS = 3000  # of each network of this size, where nothing else is said
 BOTTLENECK_STEPS = 1000  # of AE and VAE, at most: on validation subjects more of them found less
 OUR_GAMMA = PRESETS["small"]["gamma"]
@@ -66,15 +66,15 @@ class Conditions:
     checkpoints: Path | None = None
 
     def trainer(self, share: float = 1.0, *, batch_size: int = 16, learning_rate: float = 1e-3) -> Trainer:
-        """A trainer for a share of the time or of the steps."""
+        """A trainer for all of the time, which a detector splits between its stages, or a share of steps."""
         extent = {
             "tiny": {"max_steps": 20},
             "small": {"max_steps": SMALL_STEPS},
             "paper": {"max_epochs": 300},
         }
-        bounds = {"max_epochs": 10**6}
+        bounds: dict = {"max_epochs": math.inf, "max_steps": math.inf}
         if self.budget_s is not None:
-            bounds |= {"max_time": share * self.budget_s, "clock": self.clock}
+            bounds |= {"max_time": self.budget_s, "clock": self.clock}
         elif self.steps is not None:
             bounds |= {"max_steps": max(round(share * self.steps), 1)}
         else:
@@ -85,6 +85,7 @@ class Conditions:
             **bounds,
             batch_size=batch_size,
             learning_rate=learning_rate,
+            ema_decay=DEFAULTS["ema_decay"],
             precision=self.precision,
             checkpoint_dir=self.checkpoints,
             checkpoint_every_s=60.0,
@@ -115,16 +116,18 @@ def mad_ad(preset: str | None = None, *, autoencoder: str | None = None, **param
             "paper": ("kl-f8", "L"),
         }
         latents, unet = sizes[conditions.size]
-        own = {"tiny": "tiny", "small": "small", "paper": "small"}[conditions.size]
+        own = preset or {"tiny": "tiny", "small": "small", "paper": "small"}[conditions.size]
+        share = PRESETS[own]["autoencoder_time_share"]  # of steps too
         return MaskedDiffusionAnomalyDetector(
-            preset or own,
+            own,
             **{
                 "autoencoder": LatentAutoencoder(
                     autoencoder or latents,
-                    trainer=conditions.trainer(AUTOENCODER_SHARE, batch_size=32, learning_rate=2e-3),
+                    trainer=conditions.trainer(share, batch_size=32, learning_rate=2e-3),
                 ),
                 "denoiser": unet,
-                "trainer": conditions.trainer(1 - AUTOENCODER_SHARE),
+                "trainer": conditions.trainer(1 - share),
+                "max_time": conditions.budget_s,
             },
             **conditions.common,
             **parameters,

@@ -295,7 +295,7 @@ def _training_rate(detector, images, batch_size: int, n_steps: int, precision: s
         detector._check_slices(images, None),
         denoiser=detector.denoiser_,
         objective=detector._objective(),
-        trainer=Trainer(10**6, max_steps=2 * n_steps, batch_size=batch_size, precision=precision),
+        trainer=Trainer(math.inf, max_steps=2 * n_steps, batch_size=batch_size, precision=precision),
         seed=0,
         flip=True,
     )

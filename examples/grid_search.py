@@ -106,9 +106,9 @@ def main(arguments=None):
     with tempfile.TemporaryDirectory() as temporary:
         memory = options.memory or temporary
         detector = MaskedDiffusionAnomalyDetector(
-            autoencoder=LatentAutoencoder(trainer=Trainer(10**6, max_steps=80, learning_rate=2e-3)),
+            autoencoder=LatentAutoencoder(trainer=Trainer(max_steps=80, learning_rate=2e-3)),
             denoiser="tiny",
-            trainer=Trainer(10**6, max_steps=steps, batch_size=16, learning_rate=1e-3),
+            trainer=Trainer(max_steps=steps, batch_size=16, learning_rate=1e-3),
             memory=memory,
             random_state=0,
         )

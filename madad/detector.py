@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from numbers import Real
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -29,7 +31,7 @@ from madad.diffusion import (
 )
 from madad.maps.recipe import MapRecipe, RestoredBatch
 from madad.nn import MaskedUNet
-from madad.presets import PRESETS, choose_preset
+from madad.presets import INFERENCE_KNOBS, PRESETS, choose_preset
 from madad.stages.augmentation import SliceAugmentation
 from madad.stages.autoencoder import LatentAutoencoder, shared_autoencoder
 from madad.stages.denoiser import (
@@ -39,20 +41,9 @@ from madad.stages.denoiser import (
     make_objective,
     train_denoiser,
 )
-from madad.stages.memory import StageMemory, _decisive
+from madad.stages.memory import StageMemory
 from madad.stages.restoration import restore_batches
 from madad.training import StopRequest, Trainer, TrainingStoppedWarning, graceful_stop
-
-HOUSEKEEPING = (
-    "checkpoint_dir",
-    "checkpoint_every_s",
-    "resume",
-    "callbacks",
-    "precision",
-    "channels_last",
-    "compile",
-    "activation_checkpointing",
-)
 
 
 class _Fit(NamedTuple):
@@ -79,11 +70,11 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
     Parameters
     ----------
-    preset : {"auto", "tiny", "small", "base", "original", "paper"}
+    preset : {"auto", "tiny", "small", "original", "paper"}
         Where the parameters below that are None take their values from (`madad.presets.PRESETS`).
         ``"paper"`` is the published method, ``"original"`` what the published code does instead. ``"auto"``
-        is ``"small"`` on a CPU and ``"base"`` on a GPU: the paper's method with corruptions that look more
-        like disease, more weight on the mask head, and repainting of what it flags.
+        is ``"small"``: the paper's method with corruptions that look more like disease, more weight on the
+        mask head, repainting of what it flags, and networks that a CPU can train.
     autoencoder : LatentAutoencoder, FrozenEstimator, str or None
         The first stage: an estimator to be cloned and fitted, ``FrozenEstimator(fitted)`` to share one, or
         the name of a size.
@@ -91,8 +82,15 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         The second stage's network: a name in `madad.nn.UNET_SIZES`, a shape, or a module that is called
         as `madad.nn.MaskedUNet` is.
     trainer : Trainer or None
-        Trains the denoiser. A `LatentAutoencoder` given here has its own; the preset's shares this one's
-        checkpoint directory, callbacks and precision.
+        Trains the denoiser. What it leaves at None is the preset's ``"denoiser_training"``: ``Trainer(2)``
+        means two epochs at most, and no more steps than the preset has. The autoencoder's trainer, where it
+        has None, shares this one's checkpoints, callbacks, clock, precision and the like
+        (`Trainer.SHARED`); for the rest it has the preset's ``"autoencoder_training"``.
+    max_time : float or None
+        Seconds of training for both stages together, above 0; None = no bound. The autoencoder has the
+        preset's ``"autoencoder_time_share"`` of them and the denoiser the rest, or all where the autoencoder
+        is frozen. It bounds a stage besides its trainer's own ``max_time``: the smaller holds. The trainers'
+        ``clock`` counts. Latents and thresholds take their time on top.
     augmentation : SliceAugmentation or None
         Further copies of the healthy slices for the denoiser, moved, deformed, with another contrast and bias
         field. Not shown to help yet (benchmarks/README.md). None = no copies.
@@ -186,8 +184,9 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     map_threshold_ : float
         Pixels of a map that reach it are anomalous; the smallest value above the stated share of healthy
         pixels.
-    preset_ : str
-        The preset that applied.
+    preset_, preset_values_ : str, dict
+        The preset that applied, and what it had for the parameters of the maps: a saved model keeps both, so
+        that a later version of the table cannot move its maps.
     image_shape_, intensity_range_, n_features_in_, history_ :
         See `LatentAutoencoder`; ``history_`` is the denoiser's.
 
@@ -220,7 +219,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     _saved_parts: ClassVar[dict[str, type]] = {"autoencoder_": LatentAutoencoder, "denoiser_": MaskedUNet}
     _saved_attributes = (
         *AnomalyMapDetector._saved_attributes,
-        *("history_", "preset_", "sampler_seed_", "n_timesteps_", "can_repaint_"),
+        *("history_", "preset_", "preset_values_", "sampler_seed_", "n_timesteps_", "can_repaint_"),
     )
 
     def __init__(
@@ -230,6 +229,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         autoencoder=None,
         denoiser=None,
         trainer: Trainer | None = None,
+        max_time: float | None = None,
         augmentation: SliceAugmentation | None = None,
         corruption=None,
         mask_shape: str | None = None,
@@ -265,44 +265,22 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         random_state=None,
         verbose: bool = False,
     ):
-        self.preset = preset
-        self.autoencoder = autoencoder
-        self.denoiser = denoiser
-        self.trainer = trainer
-        self.augmentation = augmentation
-        self.corruption = corruption
-        self.mask_shape = mask_shape
-        self.mask_ratio = mask_ratio
-        self.mask_patch_sizes = mask_patch_sizes
-        self.mask_patch_probabilities = mask_patch_probabilities
-        self.brain_rule = brain_rule
-        self.mask_loss = mask_loss
-        self.mask_loss_weight = mask_loss_weight
-        self.n_timesteps = n_timesteps
-        self.n_steps = n_steps
-        self.eta = eta
-        self.step_spacing = step_spacing
-        self.mask_threshold = mask_threshold
-        self.repaint = repaint
-        self.anomaly_map = anomaly_map
-        self.reference = reference
-        self.map_difference = map_difference
-        self.gamma = gamma
-        self.smoothing = smoothing
-        self.smoothing_px = smoothing_px
-        self.contamination = contamination
-        self.image_specificity = image_specificity
-        self.pixel_specificity = pixel_specificity
-        self.calibration_fraction = calibration_fraction
-        self.image_shape = image_shape
-        self.intensity_range = intensity_range
-        self.memory = memory
-        self.batch_size = batch_size
-        self.precision = precision
-        self.compile = compile
-        self.device = device
-        self.random_state = random_state
-        self.verbose = verbose
+        self.preset, self.autoencoder, self.denoiser = preset, autoencoder, denoiser
+        self.trainer, self.max_time, self.augmentation = trainer, max_time, augmentation
+        self.corruption, self.mask_shape, self.mask_ratio = corruption, mask_shape, mask_ratio
+        self.mask_patch_sizes, self.mask_patch_probabilities = mask_patch_sizes, mask_patch_probabilities
+        self.brain_rule, self.mask_loss, self.mask_loss_weight = brain_rule, mask_loss, mask_loss_weight
+        self.n_timesteps, self.n_steps, self.eta, self.step_spacing = n_timesteps, n_steps, eta, step_spacing
+        self.mask_threshold, self.repaint = mask_threshold, repaint
+        self.anomaly_map, self.reference = anomaly_map, reference
+        self.map_difference, self.gamma = map_difference, gamma
+        self.smoothing, self.smoothing_px = smoothing, smoothing_px
+        self.contamination, self.calibration_fraction = contamination, calibration_fraction
+        self.image_specificity, self.pixel_specificity = image_specificity, pixel_specificity
+        self.image_shape, self.intensity_range = image_shape, intensity_range
+        self.memory, self.batch_size, self.precision = memory, batch_size, precision
+        self.compile, self.device = compile, device
+        self.random_state, self.verbose = random_state, verbose
 
     @with_callbacks
     def fit(self, X, y=None, *, brain_mask=None, groups=None):
@@ -327,9 +305,9 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         -------
         self
         """
-        for name in ("calibrated_with_", "can_repaint_"):
+        for name in ("calibrated_with_", "can_repaint_", "preset_values_"):
             vars(self).pop(name, None)  # not fitted any more, until all is done
-        self.preset_ = choose_preset(self.preset, resolve_device(self.device))
+        self.preset_ = choose_preset(self.preset)
         stack = self._check_fit_slices(X, brain_mask)
         self._check_fit_parameters(stack)
         team, seeds = self._begin(stack, 4)
@@ -347,6 +325,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
                 self.autoencoder_ = self._train_autoencoder(running, autoencoder_seed)
             self.denoiser_, self.history_ = self._train_denoiser(running, denoiser_seed)
         self.n_timesteps_, self.can_repaint_ = self._value_of("n_timesteps"), self._teaches_to_repaint()
+        self.preset_values_ = {name: PRESETS[self.preset_][name] for name in INFERENCE_KNOBS}
         self._calibrate(stack, held_out, team)
         task.end_fit()
         return self
@@ -368,8 +347,10 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
     def _value_of(self, name: str):
         """A parameter, or what the preset has where it is None."""
-        value = getattr(self, name)
-        return PRESETS[self.preset_][name] if value is None else value
+        value, fitted = getattr(self, name), getattr(self, "preset_values_", {})
+        if value is not None:
+            return value
+        return fitted[name] if name in fitted else PRESETS[self.preset_][name]
 
     def _objective(self) -> MaskedDiffusionObjective:
         return make_objective(**{name: self._value_of(name) for name in OBJECTIVE_KNOBS})
@@ -404,9 +385,8 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         self._check_calibration(stack)
         objective, trainer = self._objective(), self._make_trainer()
         check_denoiser(self._value_of("denoiser"))
-        trainer.check()
         if self.memory is not None or trainer.checkpoint_dir is not None:  # what has no hash fails here
-            content_hash((objective, self.augmentation, self.memory is not None and _decisive(trainer)))
+            content_hash((objective, self.augmentation, self.memory is not None and trainer.decisive()))
         knobs = self._map_settings()
         NoiseSchedule.cosine(self._value_of("n_timesteps")).timesteps(knobs["n_steps"], knobs["step_spacing"])
 
@@ -415,14 +395,12 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
         def decisive():
             identity = autoencoder.identity(running.healthy, running.subjects)
-            return "autoencoder", identity, str(self.device), _decisive(autoencoder.trainer)
+            return "autoencoder", identity, str(self.device), autoencoder.trainer.decisive()
 
         def train():
             with running.task.stage("autoencoder", fits=autoencoder):
                 autoencoder.set_params(verbose=self.verbose).fit_stack(running.healthy, running.subjects)
-            if autoencoder.trainer is not None:
-                autoencoder.trainer.set_params(checkpoint_dir=None, callbacks=())
-            return autoencoder
+            return autoencoder.set_params(trainer=autoencoder.trainer.portable())
 
         return running.memory.result(train, decisive, running.was_stopped)
 
@@ -449,7 +427,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         }
 
         def decisive():
-            known = settings | {"trainer": _decisive(trainer)}
+            known = settings | {"trainer": trainer.decisive()}
             return "denoiser", denoiser_identity(autoencoder, running.healthy, **known), str(self.device)
 
         def train():
@@ -468,26 +446,32 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     def _make_autoencoder(self, seed: int) -> LatentAutoencoder:
         autoencoder = self._value_of("autoencoder")
         if isinstance(autoencoder, str):
-            trainer = Trainer(**PRESETS[self.preset_]["autoencoder_training"])
-            if self.trainer is not None:
-                trainer.set_params(**{name: getattr(self.trainer, name) for name in HOUSEKEEPING})
-            unfitted = LatentAutoencoder(autoencoder, trainer=trainer)
+            unfitted = LatentAutoencoder(autoencoder)
         elif isinstance(autoencoder, LatentAutoencoder):
             unfitted = clone(autoencoder)
-            if autoencoder.trainer is not None:  # the callbacks themselves are to be called, not their copies
-                unfitted.trainer.set_params(callbacks=autoencoder.trainer.callbacks)
         else:
             raise TypeError(
                 f"autoencoder must be a LatentAutoencoder, FrozenEstimator(fitted), the name of a size or "
                 f"None, got {autoencoder!r}. Use LatentAutoencoder()."
             )
+        # of a given trainer and not of its clone, which has copies of the callbacks
+        own = Trainer() if isinstance(autoencoder, str) else autoencoder.trainer or Trainer()
+        trainer = self._of_stage(own.sharing(self.trainer), "autoencoder")
         shared = {"device": self.device, "image_shape": None, "intensity_range": (0.0, 1.0), "verbose": False}
-        return unfitted.set_params(**shared, random_state=seed)
+        return unfitted.set_params(**shared, trainer=trainer, random_state=seed)
 
     def _make_trainer(self) -> Trainer:
-        if self.trainer is not None:
-            return self.trainer
-        return Trainer(**PRESETS[self.preset_]["denoiser_training"])
+        return self._of_stage(Trainer() if self.trainer is None else self.trainer, "denoiser")
+
+    def _of_stage(self, trainer: Trainer, stage: str) -> Trainer:
+        """A stage's trainer with the preset's recipe where it has None, and the stage's share of the time."""
+        if self.max_time is not None and not (isinstance(self.max_time, Real) and float(self.max_time) > 0):
+            raise ValueError(f"max_time must be positive or None, got {self.max_time!r}. None is no bound.")
+        preset = PRESETS[self.preset_]
+        share = 0.0 if isinstance(self.autoencoder, FrozenEstimator) else preset["autoencoder_time_share"]
+        seconds = math.inf if self.max_time is None else self.max_time
+        seconds *= share if stage == "autoencoder" else 1 - share
+        return trainer.resolved(at_most_s=seconds, **preset[f"{stage}_training"])
 
     def _restore_batches(
         self, stack: SliceStack, *, decode: str, needs_probability: bool = True

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from madad._runtime.tensors import inference
 from madad.base.slice_stack import SliceStack
-from madad.baselines.base import RestoringBaseline
+from madad.baselines.base import RestoringBaseline, make_trainer
 from madad.nn import AutoencoderConfig
 from madad.stages.autoencoder import LatentAutoencoder, shared_autoencoder
 from madad.training import Trainer
@@ -41,7 +41,7 @@ class AutoencoderResidual(RestoringBaseline):
         Give the default autoencoder a KL divergence that matters; see Notes. An autoencoder that is given
         has a ``kl_weight`` of its own.
     trainer : Trainer or None
-        Trains the default autoencoder. None = 3000 steps of 16 slices.
+        Trains the default autoencoder. What it leaves at None, or None for it, is 3000 steps of 16 slices.
     smoothing_px : float or None
         Standard deviation of the Gaussian over the map; None = 5 px at 256, scaled to the slice's size.
     contamination, image_specificity, pixel_specificity, calibration_fraction :
@@ -136,8 +136,7 @@ class AutoencoderResidual(RestoringBaseline):
                     f"variational must be False where an autoencoder is given, got {self.variational!r}. "
                     f"Set that autoencoder's kl_weight."
                 )
-        if self.trainer is not None:
-            self.trainer.check()
+        make_trainer(self.trainer)
 
     def _train(self, stack: SliceStack, groups: np.ndarray | None, seed: int) -> None:
         if isinstance(self.autoencoder, FrozenEstimator):
@@ -153,12 +152,11 @@ class AutoencoderResidual(RestoringBaseline):
             if unfitted.trainer is not None:  # the callbacks themselves are to be called, not their copies
                 unfitted.trainer.set_params(callbacks=self.autoencoder.trainer.callbacks)
             return unfitted
-        trainer = Trainer(10**6, max_steps=3000, batch_size=16, learning_rate=1e-3)
         return LatentAutoencoder(
             BOTTLENECK,
             kl_weight=VARIATIONAL_KL_WEIGHT if self.variational else 0.0,
             structure_weight=0.0,
-            trainer=trainer if self.trainer is None else self.trainer,
+            trainer=make_trainer(self.trainer),
         )
 
     def _restored(self, x: Tensor, brain: np.ndarray) -> Tensor:

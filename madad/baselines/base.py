@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
@@ -20,7 +21,15 @@ from madad.maps.smoothing import finish_map, smoothing_width
 from madad.nn import UNET_SIZES, MaskedUNet, UNetConfig
 from madad.training import Trainer
 
+TRAINING = {"max_epochs": math.inf, "max_steps": 3000, "batch_size": 16, "learning_rate": 1e-3}
+"""What a baseline's `madad.training.Trainer` leaves at None."""
+
 IMAGE_PATCH = 4  # pixels: images are folded so for a U-Net that the presets feed with latents
+
+
+def make_trainer(trainer: Trainer | None) -> Trainer:
+    """A baseline's trainer, checked, with `TRAINING` where it has None."""
+    return (Trainer() if trainer is None else trainer).resolved(**TRAINING)
 
 
 class Baseline(AnomalyMapDetector):
@@ -145,12 +154,7 @@ class UNetBaseline(RestoringBaseline):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         self._unet_config(1)
-        self._make_trainer().check()
-
-    def _make_trainer(self) -> Trainer:
-        if self.trainer is not None:
-            return self.trainer
-        return Trainer(10**6, max_steps=3000, batch_size=16, learning_rate=1e-3)
+        make_trainer(self.trainer)
 
     def _unet_config(self, channels: int) -> UNetConfig:
         config = self.denoiser
@@ -164,7 +168,7 @@ class UNetBaseline(RestoringBaseline):
         return replace(config, latent_channels=channels)
 
     def _train(self, stack: SliceStack, groups: np.ndarray | None, seed: int) -> None:
-        device, trainer = resolve_device(self.device), self._make_trainer()
+        device, trainer = resolve_device(self.device), make_trainer(self.trainer)
         train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, seed)
         mirrors = self.flip and self.image_shape_[-1] > 1  # one column is its own mirror image
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--size", type=int, default=64, help="height and width of the slices in pixels")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    demo.add_argument(
-        "--max-time", type=float, help="seconds for each training stage, instead of the preset's"
-    )
+    demo.add_argument("--max-time", type=float, help="train for so many seconds, instead of so many steps")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.set_defaults(run=run)
 
@@ -108,12 +107,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _training(max_time: float | None) -> dict:
     """Both stages in minutes: by steps, so that a seed says it all, or by wall-clock time."""
-    steps = (None, None) if max_time is not None else DEMO_STEPS
-    first, second = (
-        Trainer(10**6, max_steps=n, max_time=max_time, batch_size=16, learning_rate=rate)
-        for n, rate in zip(steps, (2e-3, 1e-3), strict=True)
-    )
-    return {"autoencoder": LatentAutoencoder(trainer=first), "trainer": second}
+    steps = DEMO_STEPS if max_time is None else (math.inf, math.inf)
+    first, second = (Trainer(math.inf, max_steps=n, batch_size=16) for n in steps)
+    return {"autoencoder": LatentAutoencoder(trainer=first), "trainer": second, "max_time": max_time}
 
 
 def _generated(options: argparse.Namespace) -> tuple[Bunch, Bunch]:

@@ -16,17 +16,13 @@ from madad._runtime.tensors import resolve_device
 from madad.cli._cohort import add_output_arguments, is_preprocessed, progress
 from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.mri import VolumePreprocessor, VolumeSlicer, read_volume
-from madad.presets import PRESETS, choose_preset
+from madad.presets import PRESETS
 from madad.saving.model_folder import refuse_foreign
-from madad.stages.autoencoder import LatentAutoencoder
 from madad.training import Trainer, TrainingStoppedWarning
 from madad.volumes.bids_derivative import Derivative
 from madad.volumes.fitting import HealthyVolume, fit_volumes
 from madad.volumes.model import VolumeModel
 from madad.volumes.prepared_folder import PreprocessedFiles, find_preprocessed, read_preprocessed
-
-AUTOENCODER_SHARE = 0.4
-"""Of ``--max-time``."""
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -183,21 +179,10 @@ def _work_folder(options: argparse.Namespace) -> Path:
 
 
 def _detector(options: argparse.Namespace, checkpoints: Path) -> MaskedDiffusionAnomalyDetector:
-    preset = PRESETS[choose_preset(options.preset, resolve_device(options.device))]
-    first, second = (
-        Trainer(**preset[f"{stage}_training"]).set_params(checkpoint_dir=checkpoints)
-        for stage in ("autoencoder", "denoiser")
-    )
-    if options.max_time is not None:
-        first.set_params(max_time=AUTOENCODER_SHARE * options.max_time)
-        second.set_params(max_time=(1 - AUTOENCODER_SHARE) * options.max_time)
-    if options.precision is not None:
-        first.set_params(precision=options.precision)
-        second.set_params(precision=options.precision)
     return MaskedDiffusionAnomalyDetector(
         options.preset,
-        autoencoder=LatentAutoencoder(preset["autoencoder"], trainer=first),
-        trainer=second,
+        trainer=Trainer(checkpoint_dir=checkpoints, precision=options.precision),
+        max_time=options.max_time,
         device=options.device,
         random_state=options.seed,
         verbose=not (options.quiet or options.json),

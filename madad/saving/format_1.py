@@ -4,16 +4,69 @@ from __future__ import annotations
 
 from typing import Any
 
+TRAINER = {
+    "max_epochs": 100,
+    "max_steps": {"__float__": "inf"},
+    "max_time": {"__float__": "inf"},
+    "clock": "wall",
+    "batch_size": "auto",
+    "learning_rate": 1e-3,
+    "weight_decay": 1e-4,
+    "warmup_fraction": 0.05,
+    "ema_decay": 0.995,
+    "gradient_clip": 1.0,
+    "precision": "auto",
+    "validation_fraction": 0.0,
+    "validate_every": "epoch",
+    "patience": {"__float__": "inf"},
+    "checkpoint_every_s": 300.0,
+    "resume": "auto",
+    "compile": False,
+    "channels_last": False,
+    "accumulate": 1,
+    "activation_checkpointing": False,
+}
+"""What ``Trainer()`` was then. Today its parameters are None, and the stage that is trained decides."""
 
-def from_format_1(config: dict) -> dict:
+NONE_MEANT = {"gradient_clip": {"__float__": "inf"}}
+"""What None meant in a trainer's parameter whose default was something else."""
+
+
+def from_format_1(config: dict, calibration: dict) -> dict:
     """A ``config.json`` of format 1 in today's words.
 
-    There, an autoencoder that several detectors share was a class of its own among the parameters.
+    An autoencoder that several detectors share was a class of its own among the parameters. A trainer's None
+    meant none. What a preset had for the parameters of the maps stood with the thresholds alone.
+
+    Parameters
+    ----------
+    config, calibration : dict
+        What ``config.json`` and ``calibration.json`` hold.
     """
     parameters = config["parameters"]
-    shared = [name for name, value in parameters.items() if _is_frozen(value)]
-    return config | {"parameters": parameters | dict.fromkeys(shared), "shared": shared}
+    shared = [name for name, value in parameters.items() if _is(value, "FrozenEstimator")]
+    renewed = _renewed(config | {"parameters": parameters | dict.fromkeys(shared)})
+    fitted = renewed["fitted"]
+    if "preset_" in fitted:
+        fitted = fitted | {"preset_values_": calibration["calibrated_with_"]}
+    return renewed | {"shared": shared, "fitted": fitted}
 
 
-def _is_frozen(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("__class__") == "FrozenEstimator"
+def _renewed(value: Any) -> Any:
+    """Trainers wherever they stand, and those of autoencoders that had none of their own."""
+    if isinstance(value, list):
+        return [_renewed(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {key: _renewed(item) for key, item in value.items()}
+    if _is(value, "Trainer"):
+        given = {name: field for name, field in value["fields"].items() if field is not None}
+        open_ones = {name: (TRAINER | NONE_MEANT).get(name) for name in value["fields"] if name not in given}
+        return value | {"fields": open_ones | given}
+    if _is(value, "LatentAutoencoder") and value["fields"].get("trainer") is None:
+        return value | {"fields": value["fields"] | {"trainer": {"__class__": "Trainer", "fields": TRAINER}}}
+    return value
+
+
+def _is(value: Any, kind: str) -> bool:
+    return isinstance(value, dict) and value.get("__class__") == kind and "fields" in value

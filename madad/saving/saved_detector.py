@@ -83,7 +83,7 @@ def load_detector(kind: Any, path) -> Any:
     config, calibration, tensors = read_model(path, kind._tensor_files())
     try:
         if config["format_version"] == 1:
-            config = from_format_1(config)
+            config = from_format_1(config, calibration)
         return kind.from_saved(from_json(config | {"calibration": calibration}), tensors)
     except (KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, IndexError) as error:
         raise ValueError(

@@ -84,8 +84,9 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
     augmentation : SliceAugmentation or None
         Train on a new augmented copy of each slice at each step, for ``n_copies`` out of ``n_copies + 1``.
     trainer : Trainer or None
-        None = ``Trainer()``. With a ``validation_fraction``, slices (or whole groups) are held out, and the
-        weights with the best reconstruction of them are kept.
+        None = ``Trainer()``: what a trainer leaves at None is its default, or in a detector the preset's.
+        With a ``validation_fraction``, slices (or whole groups) are held out, and the weights with the best
+        reconstruction of them are kept.
     image_shape : (H, W) or (C, H, W) or None
         What flat rows are folded to; see `fit`.
     intensity_range : (float, float) or "data"
@@ -227,8 +228,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         -------
         self
         """
-        trainer = self.trainer if self.trainer is not None else Trainer()
-        trainer.check()
+        trainer = (Trainer() if self.trainer is None else self.trainer).resolved()
         self.image_shape_, self.intensity_range_ = stack.image_shape, stack.intensity_range
         self.n_features_in_ = int(np.prod(stack.values.shape[1:]))
         device, batch_size = resolve_device(self.device), default_batch_size(*stack.image_shape[1:])

@@ -10,7 +10,6 @@ from sklearn.utils.validation import check_memory
 from madad._runtime.distributed import Team
 from madad._runtime.hashing import content_hash
 from madad._runtime.version import __version__
-from madad.training import Trainer
 
 T = TypeVar("T")
 
@@ -93,11 +92,3 @@ def _look_up(cached: Callable, key: str) -> Any:
         return cached(key, nothing)
     except _NotKept:
         return None
-
-
-def _decisive(trainer: Trainer | None) -> dict | None:
-    """A trainer's parameters without those that do not decide what is learnt."""
-    if trainer is None:
-        return None
-    apart = ("checkpoint_dir", "checkpoint_every_s", "resume", "activation_checkpointing")
-    return {name: value for name, value in trainer.get_params().items() if name not in apart}

@@ -114,11 +114,11 @@ class TrainingRun:
         """Add the gradient of a loss to that of one network, and to no other that it goes through."""
         value.backward(inputs=self.optimisers[role].param_groups[0]["params"])
 
-    def descend(self, role: str, gradient_clip: float | None) -> None:
+    def descend(self, role: str, gradient_clip: float) -> None:
         """One step of one optimiser down the gradients that were added up."""
         optimiser = self.optimisers[role]
         self.share.average_gradients(optimiser.param_groups[0]["params"])
-        if gradient_clip is not None:
+        if math.isfinite(gradient_clip):
             nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], gradient_clip)
         optimiser.step()
 

@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -7,7 +8,6 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
 from benchmarks.methods import (
-    AUTOENCODER_SHARE,
     BOTTLENECK_STEPS,
     INFERENCE_ABLATIONS,
     METHODS,
@@ -24,30 +24,13 @@ from madad.datasets import make_brain_slices
 from madad.maps.differences import image_map
 from madad.maps.smoothing import finish_map
 from madad.presets import INFERENCE_KNOBS, PRESETS, check_inference_knobs
+from madad.stages.denoiser import OBJECTIVE_KNOBS
 
 TABLES = {"methods": METHODS, "quick": QUICK_METHODS, "ablations": TRAINING_ABLATIONS}
 ALL = [(table, name) for table, methods in TABLES.items() for name in methods]
 UNTRAINED = ("intensity", "patch features")
-# What the paper says of maps, fills and losses; the networks and their training are those of the run.
-THE_PAPERS = {
-    "corruption": "gaussian",
-    "mask_shape": "patches",
-    "mask_ratio": 0.4,
-    "mask_patch_sizes": (1, 2, 4, 8),
-    "brain_rule": "paper",
-    "mask_loss": "bce",
-    "mask_loss_weight": 0.001,
-    "n_timesteps": 10,
-    "n_steps": 10,
-    "eta": 0.0,
-    "mask_threshold": 0.5,
-    "repaint": 0.0,
-    "anomaly_map": "image",
-    "reference": "input",
-    "map_difference": "squared",
-    "gamma": 0.2,
-    "smoothing": "gaussian",
-}
+# Maps, fills and losses; the networks and their training are those of the run.
+THE_PAPERS = {knob: PRESETS["paper"][knob] for knob in (*OBJECTIVE_KNOBS, *INFERENCE_KNOBS)}
 
 
 def trainers(detector) -> dict[str, Trainer]:
@@ -59,9 +42,9 @@ def trainers(detector) -> dict[str, Trainer]:
 
 
 def bounds(trainer):
-    """What ends the training; a million epochs end nothing."""
+    """What ends the training."""
     values = {name: getattr(trainer, name) for name in ("max_epochs", "max_steps", "max_time")}
-    return {name: value for name, value in values.items() if value not in (None, 10**6)}
+    return {name: value for name, value in values.items() if value not in (None, math.inf)}
 
 
 def effective(detector) -> dict:
@@ -109,8 +92,8 @@ def test_a_budget_of_time_is_the_same_for_all(table, name, size):
     detector = TABLES[table][name](Conditions(seed=0, budget_s=100.0, size=size))
     stages = {stage: bounds(trainer) for stage, trainer in trainers(detector).items()}
     if isinstance(detector, MaskedDiffusionAnomalyDetector):
-        assert stages == {"autoencoder": {"max_time": 10.0}, "denoiser": {"max_time": 90.0}}
-        assert AUTOENCODER_SHARE == 0.1
+        assert stages == {"autoencoder": {"max_time": 100.0}, "denoiser": {"max_time": 100.0}}
+        assert detector.max_time == 100.0  # for both together
     elif stages:
         capped = {"max_steps": BOTTLENECK_STEPS} if size == "small" and name in ("AE", "VAE") else {}
         assert stages == {"only": {"max_time": 100.0} | capped}

@@ -155,7 +155,7 @@ ERRORS = {
     ),
     "too small": (lambda folder, write: ["--size", "8"], "size must .* got 8"),
     "no such device": (lambda folder, write: ["--device", "abacus"], "device must .* got 'abacus'"),
-    "no time": (lambda folder, write: ["--max-time", "-1"], r"max_time must be positive, got -1\.0"),
+    "no time": (lambda folder, write: ["--max-time", "-1"], r"max_time must be positive or None, got -1\.0"),
 }
 
 

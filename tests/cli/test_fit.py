@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from madad.cli import fit
+from madad.cli import fit, main
 from madad.datasets import Scan
 from madad.training import Trainer
 from madad.volumes.model import VolumeModel
@@ -164,6 +164,37 @@ def test_a_stopped_training_says_how_to_go_on(run, prepared, tmp_path, monkeypat
     monkeypatch.setattr(fit, "fit_volumes", stopped)
     status, _, errors = run("fit", prepared, tmp_path / "model", *TINY)
     assert status == 130 and "--resume" in errors
+
+
+def test_time_and_precision_go_to_the_detector_and_the_rest_is_the_presets(
+    run, prepared, tmp_path, monkeypatch
+):
+    seen = []
+
+    def stopped(detector, *arguments, **options):
+        seen.append(detector)
+        raise fit.TrainingStoppedWarning("stopped")
+
+    monkeypatch.setattr(fit, "fit_volumes", stopped)
+    options = ("--resume", "--max-time", "60", "--precision", "bfloat16")
+    run("fit", prepared, tmp_path / "model", *TINY, *options)
+    run("fit", prepared, tmp_path / "model", *TINY, "--resume")
+    checkpoints = tmp_path / ".model-fit" / "checkpoints"
+    timed, plain = (
+        Trainer(precision="bfloat16", checkpoint_dir=checkpoints),
+        Trainer(checkpoint_dir=checkpoints),
+    )
+    for detector, max_time, trainer in zip(seen, (60.0, None), (timed, plain), strict=True):
+        assert (detector.preset, detector.autoencoder, detector.max_time) == ("tiny", None, max_time)
+        assert detector.trainer.get_params() == trainer.get_params()
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "inf", "nan", "long"])
+def test_a_time_that_is_none_is_refused(value, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "prepared", "model", "--max-time", value])
+    errors = capsys.readouterr().err
+    assert "argument --max-time: " in errors and repr(value) in errors
 
 
 def test_slices_with_lesion_are_left_out_and_counted(run, patients, healthy, tmp_path):

@@ -1,6 +1,7 @@
 """Models of format 1 are read, mean what they meant, and are saved anew in today's format."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,11 @@ import pytest
 from sklearn.frozen import FrozenEstimator
 
 from madad import MaskedDiffusionAnomalyDetector
+from madad.presets import PRESETS
+from madad.saving.format_1 import from_format_1
+from madad.saving.json_values import from_json
 from madad.testing import tiny_detector
+from madad.training.trainer import DEFAULTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 X = np.random.default_rng(0).random((12, 16, 16), dtype=np.float32)
@@ -44,7 +49,8 @@ def test_a_model_of_format_1_is_saved_anew_as_format_2_with_equal_maps(tmp_path)
         np.testing.assert_array_equal(*maps)
     assert (new.offset_, new.map_threshold_, new.history_) == (old.offset_, old.map_threshold_, old.history_)
     for name, value in old.get_params().items():
-        if name not in ("autoencoder", "trainer", "autoencoder__trainer"):
+        of_one_run = name.endswith("callbacks")
+        if not of_one_run and name not in ("autoencoder", "trainer", "autoencoder__trainer"):
             assert new.get_params()[name] == value, name
 
 
@@ -69,3 +75,56 @@ def test_an_autoencoder_that_was_shared_in_format_1_is_shared(saved):
     assert isinstance(loaded.autoencoder, FrozenEstimator)
     assert loaded.autoencoder.estimator is loaded.autoencoder_
     np.testing.assert_array_equal(loaded.predict_maps(X), detector.predict_maps(X))
+
+
+def test_the_trainers_of_a_model_of_format_1_leave_nothing_to_a_preset():
+    loaded = MaskedDiffusionAnomalyDetector.load(GOLDEN / "model")
+    stages = ((loaded.autoencoder, 300, "auto"), (loaded, 1500, 16))
+    for estimator, steps, batch_size in stages:
+        given = estimator.trainer.resolved(max_epochs=1, max_steps=7, batch_size=3, learning_rate=9.0)
+        expected = {"max_epochs": 10**6, "max_steps": steps, "batch_size": batch_size, "learning_rate": 2e-3}
+        assert given.get_params() == {**DEFAULTS, **expected}
+
+
+def test_none_was_no_bound_no_clipping_and_no_patience():
+    was = {"max_epochs": 2, "max_steps": None, "max_time": None, "gradient_clip": None, "patience": None}
+    part = {"__class__": "Trainer", "fields": was | {"batch_size": None, "validate_every": None}}
+    config = {"parameters": {"trainers": [part], "gamma": None}, "fitted": {}}
+    parameters = from_json(from_format_1(config, {}))["parameters"]
+    assert parameters["gamma"] is None
+    known = {
+        name: value for name, value in parameters["trainers"][0].get_params().items() if value is not None
+    }
+    assert known == {
+        **{"max_epochs": 2, "max_steps": math.inf, "max_time": math.inf, "gradient_clip": math.inf},
+        **{"patience": math.inf, "batch_size": "auto", "validate_every": "epoch"},
+    }
+
+
+def test_an_autoencoder_without_a_trainer_had_the_defaults_of_that_time():
+    part = {"__class__": "LatentAutoencoder", "fields": {"size": "tiny", "trainer": None}}
+    config = {"parameters": {"autoencoder": part, "trainer": None}, "fitted": {}}
+    parameters = from_json(from_format_1(config, {}))["parameters"]
+    assert parameters["trainer"] is None
+    assert parameters["autoencoder"].trainer.resolved(max_steps=7).get_params() == dict(DEFAULTS)
+
+
+def test_a_later_preset_table_moves_no_map_of_a_saved_model(saved, monkeypatch):
+    of_format_1 = MaskedDiffusionAnomalyDetector.load(GOLDEN / "model").set_params(device="cpu")
+    of_today = MaskedDiffusionAnomalyDetector.load(saved)
+    with np.load(GOLDEN / "maps.npz", allow_pickle=False) as stored:
+        images, brain_masks = stored["images"][:2], stored["brain_masks"][:2]
+    before = of_format_1.predict_maps(images, brain_mask=brain_masks), of_today.predict_maps(X)
+    later = {
+        "n_steps": 1,
+        "mask_threshold": 0.9,
+        "repaint": 0.0,
+        "anomaly_map": "latent",
+        "smoothing_px": 9.0,
+    }
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | later)
+    of_format_1 = MaskedDiffusionAnomalyDetector.load(GOLDEN / "model").set_params(device="cpu")
+    of_today = MaskedDiffusionAnomalyDetector.load(saved)
+    after = of_format_1.predict_maps(images, brain_mask=brain_masks), of_today.predict_maps(X)
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)

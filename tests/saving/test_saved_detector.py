@@ -121,9 +121,9 @@ def test_what_only_training_needs_stays_behind(saved, tmp_path, shared, perceptu
         for name in ("perceptual_weight", "adversarial_weight", "adversarial_start", "learn_logvar"):
             assert getattr(part, name) == getattr(autoencoder, name)
         assert (part.pixel_loss, part.augmentation) == ("charbonnier", SliceAugmentation(n_copies=1))
-        assert part.trainer.checkpoint_dir is None and part.trainer.callbacks == ()
+        assert part.trainer.checkpoint_dir is None and part.trainer.callbacks is None
         assert part.trainer.validation_fraction == 0.25
-    assert loaded.trainer.checkpoint_dir is None and loaded.trainer.callbacks == ()
+    assert loaded.trainer.checkpoint_dir is None and loaded.trainer.callbacks is None
     assert loaded.autoencoder_.history_ == detector.autoencoder_.history_
     assert loaded.autoencoder_.history_[-1]["logvar"] is not None
     np.testing.assert_array_equal(loaded.predict_maps(slices), detector.predict_maps(slices))

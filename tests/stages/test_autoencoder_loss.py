@@ -309,7 +309,7 @@ def test_a_trainer_trains_both_in_turn(precision):
         return answer
 
     before = discriminator.layers[0].weight.detach().clone()
-    trainer = Trainer(2, batch_size=2, gradient_clip=None, precision=precision)
+    trainer = Trainer(2, batch_size=2, gradient_clip=math.inf, precision=precision)
     history = trainer.optimise(
         tiny(learn_logvar=True),
         lambda trained, index, generator, step: objective(trained, X[index], generator, step),

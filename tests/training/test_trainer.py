@@ -18,12 +18,14 @@ from safetensors import safe_open
 from sklearn.base import clone
 from torch import nn
 
+import madad.training.loop
 import madad.training.trainer
 from madad._runtime.random import isolated_seed
 from madad.nn.layers import RecomputedBlock
 from madad.training import TensorBoard, Trainer, TrainingState, TrainingStoppedWarning, graceful_stop
+from madad.training.trainer import DEFAULTS
 
-PLAIN = {"warmup_fraction": 0.0, "ema_decay": 0.0, "weight_decay": 0.0, "gradient_clip": None}
+PLAIN = {"warmup_fraction": 0.0, "ema_decay": 0.0, "weight_decay": 0.0, "gradient_clip": math.inf}
 N = 24
 
 
@@ -135,7 +137,7 @@ def test_the_trainers_batch_size_comes_first_and_never_exceeds_the_data(options,
 
 
 @pytest.mark.parametrize(
-    "epochs, max_steps, steps", [(2, None, 6), (100, 4, 4), (1, 100, 3), (5, 15, 15), (3, 1, 1)]
+    "epochs, max_steps, steps", [(2, math.inf, 6), (math.inf, 4, 4), (1, 100, 3), (5, 15, 15), (3, 1, 1)]
 )
 def test_the_smaller_of_epochs_and_steps_ends_training(epochs, max_steps, steps):
     seen = []
@@ -157,7 +159,7 @@ class Clock:
 
 @pytest.mark.parametrize("max_time", [1, 2, 3, 4, 5, 10, 33, 34, 35, 36, 37, 100])
 def test_time_ends_training_wherever_it_runs_out(monkeypatch, max_time):
-    monkeypatch.setattr(madad.training.trainer, "time", Clock(1.0))
+    monkeypatch.setattr(madad.training.loop, "time", Clock(1.0))
     seen = []
     module, history = train(Trainer(1000, max_time=max_time, batch_size=8), loss=recorded(sink=seen))
     assert max_time / 3 - 1 <= len(seen) <= max_time  # a look at the clock per step, and two per epoch
@@ -174,13 +176,13 @@ def test_the_cpu_clock_counts_what_the_process_worked(monkeypatch):
             return super().monotonic()
 
     seen = []
-    monkeypatch.setattr(madad.training.trainer, "time", Both(1.0))
+    monkeypatch.setattr(madad.training.loop, "time", Both(1.0))
     train(Trainer(1000, max_time=30, clock="cpu", batch_size=8), loss=recorded(sink=seen))
     assert 9 <= len(seen) <= 30
 
 
 def test_the_learning_rate_decays_with_the_time(monkeypatch):
-    monkeypatch.setattr(madad.training.trainer, "time", Clock(1.0))
+    monkeypatch.setattr(madad.training.loop, "time", Clock(1.0))
     _, history = train(Trainer(10_000, max_time=300, batch_size=8, warmup_fraction=0.0))
     rates = [record["learning_rate"] for record in history]
     assert rates == sorted(rates, reverse=True) and rates[0] > 9e-4 and rates[-1] < 1e-4
@@ -255,10 +257,10 @@ def test_gradient_clip_bounds_the_norm():
     def note(state):  # the gradient of the last step, as the optimiser saw it
         norms.append(torch.cat([p.grad.flatten() for p in state.module.parameters()]).norm())
 
-    for clip in (0.5, None):
+    for clip in (0.5, math.inf):
         train(Trainer(5, batch_size=8, gradient_clip=clip, callbacks=(note,)), line(), loss)
         assert len(norms) == 5
-        assert (max(norms) <= 0.5 + 1e-5) if clip else (min(norms) > 10)
+        assert (max(norms) <= 0.5 + 1e-5) if clip == 0.5 else (min(norms) > 10)
         norms.clear()
 
 
@@ -327,6 +329,76 @@ def test_clone_and_parameters():
         *("validation_fraction", "validate_every", "patience", "checkpoint_dir", "checkpoint_every_s"),
         *("resume", "callbacks", "compile", "channels_last", "accumulate", "activation_checkpointing"),
     }
+
+
+def test_every_parameter_is_none_and_has_a_default():
+    parameters = Trainer().get_params()
+    assert set(parameters) == set(DEFAULTS) and set(parameters.values()) == {None}
+    assert Trainer().resolved().get_params() == dict(DEFAULTS)
+    module, history = train(Trainer(3))
+    explicit, same_history = train(Trainer(**{**DEFAULTS, "max_epochs": 3}))
+    assert torch.equal(weights(module), weights(explicit))
+    assert without_speeds(history) == without_speeds(same_history)
+
+
+def test_the_users_value_holds_before_the_stages_and_that_before_the_default():
+    trainer = Trainer(2, learning_rate=0.5, callbacks=[print])
+    before = trainer.get_params()
+    resolved = trainer.resolved(max_epochs=9, max_steps=7, batch_size=4)
+    assert resolved.get_params() == {**DEFAULTS, "max_steps": 7, "batch_size": 4} | trainer._given()
+    assert resolved.callbacks is trainer.callbacks and trainer.get_params() == before
+    assert resolved.resolved(max_steps=1, batch_size=1).get_params() == resolved.get_params()
+    with pytest.raises(ValueError, match="^learning_rate must be positive, got -1"):
+        Trainer(learning_rate=-1).resolved()
+
+
+@pytest.mark.parametrize(
+    "given, steps",
+    [
+        *[({}, 5), ({"max_epochs": 1}, 3), ({"max_epochs": 9}, 5), ({"max_steps": 4}, 4)],
+        *[({"max_steps": 7}, 6), ({"max_steps": math.inf}, 6), ({"max_epochs": math.inf}, 5)],
+    ],
+)
+def test_a_bound_that_is_left_open_is_the_stages_and_holds_besides(given, steps):
+    _, history = train(Trainer(batch_size=8, **given).resolved(max_epochs=2, max_steps=5))
+    assert history[-1]["step"] == steps
+
+
+def test_a_training_without_any_bound_is_refused():
+    with pytest.raises(ValueError, match="^max_epochs must be finite where max_steps .*, got inf"):
+        train(Trainer(math.inf))
+
+
+@pytest.mark.parametrize("own, limit, holds", [(None, 5, 5), (3, 5, 3), (9, 5, 5), (3, math.inf, 3)])
+def test_of_two_limits_of_time_the_smaller_holds(own, limit, holds):
+    assert Trainer(math.inf, max_time=own).resolved(at_most_s=limit).max_time == holds
+
+
+def test_stages_share_how_a_run_is_kept_and_computed_and_not_its_recipe():
+    shared = {
+        **{"checkpoint_dir": "runs", "checkpoint_every_s": 7, "resume": False, "callbacks": (print,)},
+        **{"clock": "cpu", "precision": "bfloat16", "compile": True, "channels_last": True},
+        "activation_checkpointing": True,
+    }
+    other = Trainer(3, batch_size=4, learning_rate=0.5, max_time=9.0, accumulate=2, **shared)
+    assert Trainer().sharing(other)._given() == shared
+    own = Trainer(2, clock="wall", callbacks=())
+    assert own.sharing(other)._given() == shared | own._given()
+    assert own.sharing(None).get_params() == own.get_params()
+
+
+def test_housekeeping_decides_nothing():
+    trainer, kept = Trainer(2).resolved(), {"checkpoint_dir": "runs", "checkpoint_every_s": 1}
+    other = clone(trainer).set_params(**kept, resume=False, activation_checkpointing=True)
+    assert trainer.decisive() == other.decisive()
+    for name, value in {"precision": "bfloat16", "callbacks": (print,), "clock": "cpu"}.items():
+        assert trainer.decisive() != clone(trainer).set_params(**{name: value}).decisive()
+
+
+def test_what_another_process_cannot_use_is_left_out():
+    trainer = Trainer(2, checkpoint_dir="runs", callbacks=(print,), resume=False)
+    assert trainer.portable()._given() == {"max_epochs": 2, "resume": False}
+    assert trainer.checkpoint_dir == "runs"
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7, 100])
@@ -398,7 +470,6 @@ def test_a_loss_that_is_not_finite_is_an_error(value):
             for name in ("max_epochs", "max_steps", "batch_size", "max_time")
             for value in (0, -3)
         ],
-        ("max_epochs", None),
         ("max_time", math.nan),
         ("clock", "sun"),
         *[("learning_rate", value) for value in (0, -0.1, math.nan)],
@@ -408,14 +479,13 @@ def test_a_loss_that_is_not_finite_is_an_error(value):
             for name in ("warmup_fraction", "ema_decay", "validation_fraction")
             for value in (1.0, -0.1, math.nan)
         ],
-        *[(name, value) for name in ("validate_every", "patience") for value in (0, -1, 1.5)],
+        *[(name, value) for name in ("validate_every", "patience") for value in (0, -1, 1.5, "x")],
         *[("checkpoint_every_s", value) for value in (-1, math.nan)],
-        *[("resume", value) for value in (True, "always", None)],
-        *[(name, value) for name in ("compile", "channels_last") for value in (None, "yes")],
-        ("activation_checkpointing", "yes"),
-        *[("accumulate", value) for value in (0, -1, 1.5, None)],
+        *[("resume", value) for value in (True, "always")],
+        *[(name, "yes") for name in ("compile", "channels_last", "activation_checkpointing", "batch_size")],
+        *[("accumulate", value) for value in (0, -1, 1.5, math.inf)],
         *[("gradient_clip", value) for value in (0, -1.0, math.nan)],
-        *[("precision", value) for value in ("float16", None)],
+        *[("precision", value) for value in ("float16", 32)],
     ],
 )
 def test_wrong_parameters_are_refused(name, value):
@@ -427,7 +497,7 @@ def test_wrong_parameters_are_refused(name, value):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("checkpoint_dir", 3), *[("callbacks", value) for value in (print, None, (print, "stop"))]],
+    [("checkpoint_dir", 3), *[("callbacks", value) for value in (print, (print, "stop"))]],
 )
 def test_parameters_of_a_wrong_type_are_refused(name, value):
     with pytest.raises(TypeError, match=f"^{name} must ") as caught:
@@ -510,7 +580,7 @@ def test_validation_leaves_the_training_as_it_is():
         ([3.0, 2.0, 1.0, 2.0, 0.5, 1.0], 2, 6, 5),
         ([1.0, 1.0, 0.0, 0.0, 0.0, 0.0], 1, 2, 1),
         ([math.nan, 2.0, math.inf, math.nan, 1.0, 0.0], 2, 4, 2),
-        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], None, 6, 1),
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], math.inf, 6, 1),
     ],
 )
 def test_patience_counts_validations_without_a_lower_loss(losses, patience, epochs, best):
@@ -536,7 +606,7 @@ def test_without_a_finite_validation_the_average_stays():
         (2, [2, 3, 4, 6, 8], [2, 4, 6, 8]),
         (6, [3, 6, 8], [6, 8]),
         (100, [3, 6, 8], [8]),
-        (None, [3, 6, 8], None),
+        ("epoch", [3, 6, 8], None),
     ],
 )
 def test_a_record_ends_with_an_epoch_and_with_a_validation(every, records, validated):
@@ -553,7 +623,7 @@ def test_a_record_ends_with_an_epoch_and_with_a_validation(every, records, valid
 
 @pytest.mark.parametrize("options", [{}, {"validation_loss": squared_error}, {"n_validation": 3}])
 def test_patience_with_nothing_to_validate_on_is_an_error(options):
-    with pytest.raises(ValueError, match=r"^patience must be None .*got 4.*validation_fraction"):
+    with pytest.raises(ValueError, match=r"^patience must be math.inf .*got 4.*validation_fraction"):
         train(Trainer(patience=4), **options)
 
 
@@ -566,7 +636,7 @@ def own_line(rival, index, generator, step):
 
 def test_a_rival_is_trained_by_adamw_with_its_own_betas_and_the_same_rates():
     rival, by_hand = line(), line()
-    trainer = Trainer(8, learning_rate=0.05, gradient_clip=None, weight_decay=0.1)
+    trainer = Trainer(8, learning_rate=0.05, gradient_clip=math.inf, weight_decay=0.1)
     _, history = train(trainer, rival=rival, rival_loss=own_line)
     optimiser = torch.optim.AdamW(by_hand.parameters(), lr=0.05, betas=(0.5, 0.9), weight_decay=0.1)
     for record in history:
@@ -837,7 +907,7 @@ def test_everything_changes_and_the_best_is_not_the_last(uninterrupted):
 @pytest.mark.parametrize("every", [0, 4, 1e9])
 @pytest.mark.parametrize("at", [(0,), (1,), (3,), (5,), (8,), (15,), (2, 3, 10)])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch, uninterrupted, at, every):
-    monkeypatch.setattr(madad.training.trainer, "time", Clock(1.0))
+    monkeypatch.setattr(madad.training.loop, "time", Clock(1.0))
     for step in at:
         with pytest.raises(Interruption):
             everything(tmp_path, at=[step], happens=interrupt, checkpoint_every_s=every)
@@ -954,7 +1024,7 @@ def with_rival(rival):
     [
         {"trainer": {"learning_rate": 0.1}},
         {"trainer": {"max_time": 100.0}},
-        {"trainer": {"batch_size": None}, "batch_size": 9},
+        {"trainer": {"batch_size": "auto"}, "batch_size": 9},
         {"n": 20},
         {"seed": 1},
         {"module": biased()},
@@ -989,8 +1059,8 @@ def test_a_description_may_be_no_file_name(tmp_path):
 
 def test_the_clock_goes_on_where_an_interrupted_run_was(tmp_path, monkeypatch):
     def run(directory, seen, **options):
-        monkeypatch.setattr(madad.training.trainer, "time", Clock(1.0))
-        everything(directory, seen, max_time=40, max_epochs=10**6, patience=None, **options)
+        monkeypatch.setattr(madad.training.loop, "time", Clock(1.0))
+        everything(directory, seen, max_time=40, max_epochs=math.inf, patience=math.inf, **options)
 
     whole, first, rest = [], [], []
     run(None, whole)
