@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from madad.mri.nifti import read_volume
 from madad.mri.registration import mni_template, register_affine
 from madad.mri.resampling import check_brain_mask, check_volume, largest_part, resample_mask, to_isotropic
 
@@ -219,7 +220,8 @@ def _from_command(values, affine, command, mask_name):
                 f"{command[0]} must end with a mask, got exit status {ran.returncode}: {last}. "
                 "Run it by hand, or use method='auto'."
             )
-        mask = np.asarray(nib.load(mask_file).dataobj) > 0
+        mask = read_volume(mask_file)
+        mask = mask.in_file_order(mask.values > 0)
     if mask.shape != values.shape:
         raise ChildProcessError(
             f"{command[0]} must return a mask of shape {values.shape}, got {mask.shape}. Use method='auto'."

@@ -167,9 +167,11 @@ def test_command_gets_the_volume_and_returns_the_mask(tmp_path, monkeypatch, nam
         "mask = (image.get_fdata() > 50).astype(np.uint8)\n"
         "nib.save(nib.Nifti1Image(mask, image.affine), mask_name)",
     )
-    brain, made_by = find_brain(stripped_brain() + 1, AFFINE, method=name)
-    assert made_by == name
-    np.testing.assert_array_equal(brain, ball(70))
+    off_center = ball(70, (18, 20, 22))
+    for affine in (AFFINE, AFFINE @ np.diag([-1, 1, 1, 1])):
+        brain, made_by = find_brain(np.where(off_center, 100.0, 1), affine, method=name)
+        assert made_by == name
+        np.testing.assert_array_equal(brain, off_center)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="plants a program by its first line")
