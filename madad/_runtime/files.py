@@ -87,7 +87,7 @@ def read_json(path: Path, remedy: str = "Write it again.") -> dict:
     Parameters
     ----------
     path : Path
-        The file.
+        The file to read.
     remedy : str, default="Write it again."
         What error messages tell the user to do; a sentence.
 

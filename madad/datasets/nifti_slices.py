@@ -28,9 +28,10 @@ def load_scans(
     Parameters
     ----------
     scans : iterable of Scan
-        As from `find_ixi`, `find_atlas`, `find_brats` or `find_bids`; all with a lesion mask or all without.
+        What `find_ixi`, `find_atlas`, `find_brats`, `find_bids` or `find_scans` returned; all with a lesion
+        mask or all without.
     contrast : str
-        Which image of each scan, for example "T1"; upper and lower case are the same.
+        The image of each scan that is read, for example "T1"; upper and lower case are the same.
     z_range : tuple of float, default=None
         Keep slices with ``low <= z_frac <= high`` (0 lowest, 1 highest slice with brain). None keeps all
         that have brain.
@@ -52,7 +53,7 @@ def load_scans(
     Returns
     -------
     sklearn.utils.Bunch
-        As from `load_slices`: `images`, `brain_masks`, `lesion_masks` (n, H, W), `has_lesion_masks`,
+        The arrays of `load_slices`: `images`, `brain_masks`, `lesion_masks` (n, H, W), `has_lesion_masks`,
         `subjects` (n,), `z_frac` (n,) float32, `modality` (the contrast in upper case), `spacing_mm` (rows,
         columns), None where `size` alone leads to pixels that differ between scans; and `z_index` (n,) int,
         the slice's place in the RAS-oriented volume, 0 the lowest.

@@ -86,7 +86,7 @@ def is_stripped(values, affine):
     Parameters
     ----------
     values : array-like of shape (X, Y, Z)
-        Intensities.
+        Intensities in any unit, with air at 0 where the skull is removed.
     affine : array-like of shape (4, 4)
         Voxel indices to world mm.
 

@@ -21,7 +21,7 @@ def normalize_intensity(images, brain_masks, *, subjects=None, center="median", 
     subjects : array-like of shape (n_samples,), default=None
         Slices that share a value share one scale. None: each slice has its own.
     center : {"median", "mode"}, default="median"
-        Which centre of the intensities inside the brain is mapped to `target`. The mode (highest peak of a
+        The centre of the intensities inside the brain that is mapped to `target`. The mode (highest peak of a
         smoothed histogram) follows one tissue; the median follows how much there is of each.
     target : float, default=0.4
         Where the centre goes, above 0 and below 1. At 0.4 the brain's brightest healthy tissue is below 1.
@@ -72,9 +72,9 @@ def robust_center(values, *, center="median", subject=None):
     values : ndarray of shape (n_pixels,)
         Intensities inside one subject's brain.
     center : {"median", "mode"}, default="median"
-        See `normalize_intensity`.
+        The middle of the values, or the highest peak of their smoothed histogram.
     subject : object, default=None
-        Named in error messages.
+        Whose values these are, for error messages.
 
     Returns
     -------

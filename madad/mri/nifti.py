@@ -34,7 +34,7 @@ class Volume:
     affine : ndarray of shape (4, 4), float64
         Index into `values` to world coordinates in mm.
     header : nibabel.Nifti1Header
-        Of the file, unchanged; a NIfTI-2 or pair header where the file has one.
+        The file's header, unchanged; a NIfTI-2 or pair header where the file has one.
     orientation : ndarray of shape (3, 2)
         How the file's axes were brought to those of `values`, as nibabel's ``apply_orientation`` takes it.
     path : Path or None

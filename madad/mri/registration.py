@@ -34,7 +34,7 @@ class Template:
     values : ndarray of shape (X, Y, Z), float32
         Intensities in any unit; those outside the brain are not used.
     brain_mask : ndarray of shape (X, Y, Z), bool
-        True = brain.
+        True = brain, with the fluid in and around it.
     affine : ndarray of shape (4, 4)
         Voxel indices to world mm (right, anterior, superior).
     """
@@ -116,7 +116,7 @@ def mni_template():
     Returns
     -------
     Template
-        Of shape (197, 233, 189). Read-only and the same object at each call.
+        A brain of shape (197, 233, 189). Its arrays are read-only; the same object at each call.
 
     Raises
     ------

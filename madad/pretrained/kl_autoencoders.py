@@ -126,7 +126,20 @@ def to_image_channels(network: AutoencoderKL, n: int) -> AutoencoderKL:
 
 
 def from_compvis(tensors: dict[str, Tensor], path) -> AutoencoderKL:
-    """Build an autoencoder from `autoencoder_part` of weights in CompVis' layout, which are in ``path``."""
+    """Build an autoencoder from weights in CompVis' layout.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+        Weights by bare name, as from `autoencoder_part`.
+    path : path-like
+        Where they are from, for the messages.
+
+    Returns
+    -------
+    AutoencoderKL
+        In evaluation mode, on the CPU.
+    """
     n_levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     rules = [
         (r"encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.levels.\1.\2."),
@@ -143,7 +156,20 @@ def from_compvis(tensors: dict[str, Tensor], path) -> AutoencoderKL:
 
 
 def from_diffusers(tensors: dict[str, Tensor], path) -> AutoencoderKL:
-    """Build an autoencoder from `autoencoder_part` of weights in diffusers' layout, which are in ``path``."""
+    """Build an autoencoder from weights in diffusers' layout.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+        Weights by bare name, as from `autoencoder_part`.
+    path : path-like
+        Where they are from, for the messages and for a ``config.json`` to check against.
+
+    Returns
+    -------
+    AutoencoderKL
+        In evaluation mode, on the CPU.
+    """
     n_levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
     rules = [
         (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.levels.\1.\2."),

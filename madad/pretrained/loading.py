@@ -38,9 +38,9 @@ def kind_of_weights(source, *, hub_cache=None) -> str:
     Parameters
     ----------
     source : path-like or str
-        As in `load_autoencoder`, or what `load_unet` reads.
+        What `load_autoencoder` or `load_unet` reads.
     hub_cache : path-like or None, default=None
-        As in `load_autoencoder`.
+        Folder where downloads are kept. None = the hub's own cache, below ``HF_HOME``.
 
     Returns
     -------

@@ -224,7 +224,7 @@ def require(tensors: dict[str, Tensor], name: str, path) -> None:
     Parameters
     ----------
     tensors : dict of str to Tensor
-        Tensors by name.
+        Tensors by name, of one file.
     name : str
         The one that must be there.
     path : path-like
@@ -243,7 +243,7 @@ def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]
     Parameters
     ----------
     tensors : dict of str to Tensor
-        Tensors by name.
+        Tensors by name, with or without the prefix.
     prefix : str
         What is taken off the names that begin with it.
 
