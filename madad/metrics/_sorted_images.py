@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 
 
 class Levels(NamedTuple):
-    """Distinct lesion values below `high`, ascending, and how many lesion pixels have each."""
+    """Values of the lesion pixels in a range.
+
+    Attributes
+    ----------
+    values : ndarray of shape (n_levels,)
+        Distinct values below `high`, ascending.
+    counts : ndarray of shape (n_levels,), int
+        How many lesion pixels have each.
+    high : floating
+        Upper end of the range, which is not in it.
+    """
 
     values: NDArray
     counts: NDArray
@@ -50,7 +60,13 @@ class SortedImages:
         return len(self._images)
 
     def add(self, images: Iterable[tuple[NDArray, NDArray]]) -> None:
-        """Keep images, all or, after an error, none: (lesion values, healthy values), each of any order."""
+        """Keep images, all or, after an error, none.
+
+        Parameters
+        ----------
+        images : iterable of (ndarray, ndarray)
+            Values of the lesion pixels and of the other brain pixels of each, in any order.
+        """
         added = [self._keep(np.sort(lesion), np.sort(healthy)) for lesion, healthy in images]
         self.dtype = np.result_type(self.dtype, *{image.dtype for image in added})
         self._images += added
@@ -72,21 +88,68 @@ class SortedImages:
         return np.array([image.n_healthy for image in self._images], dtype=np.int64)
 
     def lesion(self, i: int) -> NDArray:
-        """Values of the lesion pixels of an image, ascending."""
+        """Read the lesion pixels of an image.
+
+        Parameters
+        ----------
+        i : int
+            Number of the image, from 0.
+
+        Returns
+        -------
+        ndarray of shape (n_lesion,)
+            Values of the map there, ascending.
+        """
         return self._read(self._images[i], 0, self._images[i].n_lesion)
 
     def healthy(self, i: int) -> NDArray:
-        """Values of its other brain pixels, ascending."""
+        """Read the other brain pixels of an image.
+
+        Parameters
+        ----------
+        i : int
+            Number of the image, from 0.
+
+        Returns
+        -------
+        ndarray of shape (n_healthy,)
+            Values of the map there, ascending.
+        """
         return self._read(self._images[i], self._images[i].n_lesion, self._images[i].n_healthy)
 
     def counts_at(self, i: int, thresholds: NDArray) -> tuple[NDArray, NDArray]:
-        """Predicted pixels of an image at thresholds of `dtype`, those with a lesion and all of them."""
+        """Count the predicted pixels of an image.
+
+        Parameters
+        ----------
+        i : int
+            Number of the image, from 0.
+        thresholds : ndarray of shape (n,)
+            Thresholds of the type `dtype`.
+
+        Returns
+        -------
+        n_overlap, n_predicted : ndarray of shape (n,), int
+            How many lesion pixels, and how many pixels of all, reach each threshold.
+        """
         n_overlap = n_reaching(self.lesion(i), thresholds)
         return n_overlap, n_overlap + n_reaching(self.healthy(i), thresholds)
 
     def lesion_levels(self, size: int) -> Iterator[Levels]:
-        """Distinct lesion values of all images from high to low, in ranges of about `size` pixels at most.
+        """Go through the distinct lesion values of all images from high to low, in ranges.
 
+        Parameters
+        ----------
+        size : int
+            About how many lesion pixels a range holds at most.
+
+        Yields
+        ------
+        Levels
+            The next lower range.
+
+        Notes
+        -----
         Every `stride`-th value of each image is a sample; a range holds so few of them that the pixels in
         between are not too many. The pixels of one value, in the same range, are not gathered but counted.
         """
@@ -124,16 +187,55 @@ class SortedImages:
 
 
 def n_reaching(ascending: NDArray, thresholds: NDArray) -> NDArray:
-    """How many values are at or above each threshold; both of one dtype, or NumPy converts the values."""
+    """Count the values at or above each threshold.
+
+    Parameters
+    ----------
+    ascending : ndarray of shape (n_values,)
+        Values in ascending order.
+    thresholds : ndarray of shape (n,)
+        Thresholds of the same dtype, or else NumPy converts the values.
+
+    Returns
+    -------
+    ndarray of shape (n,), int
+        How many values reach each threshold.
+    """
     return len(ascending) - np.searchsorted(ascending, thresholds, side="left")
 
 
 def between(ascending: NDArray, low: np.floating, high: np.floating) -> NDArray:
-    """The values with ``low <= value < high``."""
+    """Cut a range out of sorted values.
+
+    Parameters
+    ----------
+    ascending : ndarray of shape (n_values,)
+        Values in ascending order.
+    low, high : floating
+        Ends of the range.
+
+    Returns
+    -------
+    ndarray
+        A view of the values with ``low <= value < high``.
+    """
     return ascending[slice(*np.searchsorted(ascending, np.array([low, high])))]
 
 
 def runs(ascending: NDArray) -> tuple[NDArray, NDArray]:
-    """Distinct values, and how often each occurs."""
+    """Count equal values.
+
+    Parameters
+    ----------
+    ascending : ndarray of shape (n_values,)
+        Values in ascending order.
+
+    Returns
+    -------
+    values : ndarray of shape (n,)
+        Distinct values, ascending.
+    counts : ndarray of shape (n,), int
+        How often each occurs.
+    """
     starts = np.flatnonzero(np.append(True, ascending[1:] != ascending[:-1])[: len(ascending)])
     return ascending[starts], np.diff(starts, append=len(ascending))

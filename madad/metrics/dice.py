@@ -12,7 +12,15 @@ DECIMALS = 12
 
 
 class MaxDice(NamedTuple):
-    """Largest Dice (0..1) and the threshold, in units of the map, that reaches it."""
+    """Largest Dice over all thresholds.
+
+    Attributes
+    ----------
+    dice : float
+        The largest Dice, in 0..1.
+    oracle_threshold : float
+        The threshold that reaches it, in the unit of the maps; chosen on the data it is evaluated on.
+    """
 
     dice: float
     oracle_threshold: float
@@ -29,8 +37,12 @@ def max_dice_per_image(
 
     Parameters
     ----------
-    lesion_masks, anomaly_maps, brain_masks : array-like of shape (n, H, W)
-        See `madad.metrics`. Slices without a lesion pixel are left out.
+    lesion_masks : array-like of shape (n, H, W), bool or 0/1
+        True = lesion. Slices without a lesion pixel are left out.
+    anomaly_maps : array-like of shape (n, H, W)
+        Maps; higher = more anomalous.
+    brain_masks : array-like of shape (n, H, W), bool or 0/1, or None, default=None
+        True = brain; pixels outside are ignored. None counts every pixel.
     n_thresholds : int >= 2, default=None
         None tries every distinct value of the maps, which is exact. A number tries that many equally spaced
         values from the largest to the smallest, as evaluation scripts with a fixed grid do.
@@ -38,7 +50,7 @@ def max_dice_per_image(
     Returns
     -------
     MaxDice
-        Of equally good thresholds the highest.
+        The Dice and its threshold; of equally good thresholds the highest.
 
     Notes
     -----
@@ -66,7 +78,24 @@ def max_dice_pooled(
     *,
     n_thresholds: int | None = None,
 ) -> MaxDice:
-    """Largest Dice over the pixels of all slices together; otherwise as `max_dice_per_image`."""
+    """Largest Dice over the pixels of all slices together.
+
+    Parameters
+    ----------
+    lesion_masks : array-like of shape (n, H, W), bool or 0/1
+        True = lesion; slices without a lesion pixel count too.
+    anomaly_maps : array-like of shape (n, H, W)
+        Maps; higher = more anomalous.
+    brain_masks : array-like of shape (n, H, W), bool or 0/1, or None, default=None
+        True = brain; pixels outside are ignored. None counts every pixel.
+    n_thresholds : int >= 2, default=None
+        How many thresholds to try, as in `max_dice_per_image`. None tries all.
+
+    Returns
+    -------
+    MaxDice
+        The Dice and its threshold; of equally good thresholds the highest.
+    """
     pixels = validated(lesion_masks, anomaly_maps, brain_masks, needs_lesion=True)
     return _highest(*_dice_curve(*pixels), n_thresholds)
 
@@ -74,7 +103,24 @@ def max_dice_pooled(
 def dice_per_image(
     lesion_masks: ArrayLike, anomaly_maps: ArrayLike, threshold: float, brain_masks: ArrayLike | None = None
 ) -> NDArray[np.float64]:
-    """Dice (n,) of each slice at a threshold on the maps' scale; 0..1, NaN without a lesion pixel."""
+    """Dice of each slice at a threshold.
+
+    Parameters
+    ----------
+    lesion_masks : array-like of shape (n, H, W), bool or 0/1
+        True = lesion, on the grid of the maps.
+    anomaly_maps : array-like of shape (n, H, W)
+        Maps; higher = more anomalous.
+    threshold : float
+        Pixels whose map reaches it are predicted; in the unit of the maps.
+    brain_masks : array-like of shape (n, H, W), bool or 0/1, or None, default=None
+        True = brain; pixels outside are ignored. None counts every pixel.
+
+    Returns
+    -------
+    ndarray of shape (n,), float64
+        In 0..1; NaN for a slice without a lesion pixel.
+    """
     return dice_of_each(validated(lesion_masks, anomaly_maps, brain_masks), threshold)
 
 
@@ -86,7 +132,26 @@ def dice_at_threshold(
     *,
     average: Literal["image", "pooled"] = "image",
 ) -> float:
-    """Dice (0..1) at a threshold: mean over slices with a lesion ("image") or over all pixels ("pooled")."""
+    """Dice of all slices at a threshold.
+
+    Parameters
+    ----------
+    lesion_masks : array-like of shape (n, H, W), bool or 0/1
+        True = lesion, on the grid of the maps.
+    anomaly_maps : array-like of shape (n, H, W)
+        Maps; higher = more anomalous.
+    threshold : float
+        Pixels whose map reaches it are predicted; in the unit of the maps.
+    brain_masks : array-like of shape (n, H, W), bool or 0/1, or None, default=None
+        True = brain; pixels outside are ignored. None counts every pixel.
+    average : {"image", "pooled"}, default="image"
+        The mean over slices with a lesion, or the Dice of the pixels of all slices together.
+
+    Returns
+    -------
+    float
+        In 0..1; higher = better.
+    """
     if average not in ("image", "pooled"):
         raise ValueError(f'average must be "image" or "pooled", got {average!r}. Choose one of the two.')
     pixels = validated(lesion_masks, anomaly_maps, brain_masks, needs_lesion=True)
@@ -97,7 +162,20 @@ def dice_at_threshold(
 
 
 def dice_of_each(pixels: Pixels, threshold: float) -> NDArray:
-    """`dice_per_image` of validated arrays."""
+    """Dice of each slice at a threshold, of validated arrays.
+
+    Parameters
+    ----------
+    pixels : Pixels
+        The arrays that `validated` returned.
+    threshold : float
+        Pixels whose map reaches it are predicted.
+
+    Returns
+    -------
+    ndarray of shape (n,)
+        In 0..1; NaN for a slice without a lesion pixel.
+    """
     predicted = predicted_masks(pixels, threshold)
     n_lesion = pixels.lesion.sum(axis=1)
     n_overlap = (predicted & pixels.lesion).sum(axis=1)
@@ -106,7 +184,20 @@ def dice_of_each(pixels: Pixels, threshold: float) -> NDArray:
 
 
 def mean_dice_at(pixels: Pixels, threshold: float) -> float:
-    """Mean of `dice_of_each` over the slices with a lesion."""
+    """Mean Dice over the slices with a lesion, of validated arrays.
+
+    Parameters
+    ----------
+    pixels : Pixels
+        The arrays that `validated` returned, with a lesion in one slice at least.
+    threshold : float
+        Pixels whose map reaches it are predicted.
+
+    Returns
+    -------
+    float
+        Mean of `dice_of_each`, in 0..1.
+    """
     return float(dice_of_each(pixels, threshold)[pixels.lesion.any(axis=1)].mean())
 
 

@@ -21,9 +21,9 @@ def reconstruction_errors(
     Parameters
     ----------
     images, reconstructions : array-like of float of shape (n, H, W) or (n, C, H, W), in 0..1
-        Sides of at least 3 pixels.
+        Slices and what an autoencoder makes of them, with sides of at least 3 pixels.
     brain_masks : array-like of shape (n, H, W), bool or 0/1
-        True = brain.
+        True = brain; errors are measured there.
 
     Returns
     -------

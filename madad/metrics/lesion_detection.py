@@ -10,7 +10,19 @@ from madad.metrics._pixels import as_bool, predicted_masks, validated
 
 
 class LesionDetection(NamedTuple):
-    """Lesion-wise recall and precision (0..1, NaN where there was nothing to count), and their totals."""
+    """Lesions found and detections confirmed.
+
+    Attributes
+    ----------
+    recall : float
+        Share of the lesions that were found, in 0..1; NaN without lesions.
+    precision : float
+        Share of the detections that were confirmed, in 0..1; NaN without detections.
+    n_lesions : int
+        Number of lesions.
+    n_detections : int
+        Number of detections.
+    """
 
     recall: float
     precision: float
@@ -34,13 +46,19 @@ def lesion_detection(
 
     Parameters
     ----------
-    lesion_masks, anomaly_maps, threshold, brain_masks
-        As for `dice_per_image`.
+    lesion_masks : array-like of shape (n, H, W), bool or 0/1
+        True = lesion, on the grid of the maps.
+    anomaly_maps : array-like of shape (n, H, W)
+        Maps; higher = more anomalous.
+    threshold : float
+        Pixels whose map reaches it are predicted; in the unit of the maps.
+    brain_masks : array-like of shape (n, H, W), bool or 0/1, or None, default=None
+        True = brain; pixels outside are ignored. None counts every pixel.
     min_size_px : int >= 1, default=1
-        Smaller components are not counted, neither lesions nor detections.
+        Components of fewer pixels are not counted, neither lesions nor detections.
     connectivity : int, default=None
-        As for `scipy.ndimage.generate_binary_structure`: in 2-d, 1 joins 4 and 2 joins 8 neighbours. None
-        joins all neighbours, diagonal ones included.
+        Which neighbours are joined, as for `scipy.ndimage.generate_binary_structure`: in 2-d, 1 joins 4 and 2
+        joins 8 neighbours. None joins all neighbours, diagonal ones included.
 
     Returns
     -------
@@ -67,19 +85,24 @@ def lesion_detection(
 def size_strata(
     lesion_masks: ArrayLike, *, edges_px: tuple[float, float, float] = (3, 71, 570), reference_size: int = 128
 ) -> NDArray[np.str_]:
-    """Lesion-size class of each slice: "none", "small", "medium" or "large"; (n,).
+    """Class of each slice by the size of its lesion.
 
     Parameters
     ----------
     lesion_masks : array-like of shape (n, H, W)
-        True = lesion.
+        True = lesion, in slices of one size.
     edges_px : three increasing floats, default=(3, 71, 570)
         Largest areas of "none" (no lesion, or too small for the published bins), "small" and "medium", in
         pixels of a slice of `reference_size` squared; they scale with the area of the slices. The defaults
         are THOR's (Bercea et al., "Diffusion Models with Implicit Guidance for Medical Anomaly Detection",
         MICCAI 2024).
     reference_size : int, default=128
-        Height and width in pixels to which the edges refer.
+        Height and width in pixels to which the edges refer, above 0.
+
+    Returns
+    -------
+    ndarray of shape (n,), str
+        "none", "small", "medium" or "large".
     """
     lesion = as_bool("lesion_masks", lesion_masks)
     if lesion.ndim != 3 or lesion.size == 0:

@@ -63,8 +63,12 @@ class MapEvaluation:
 
         Parameters
         ----------
-        lesion_masks, anomaly_maps, brain_masks : array-like of shape (n, H, W)
-            See `madad.metrics`. The shape of an image may differ from call to call.
+        lesion_masks : array-like of shape (n, H, W), bool or 0/1
+            True = lesion. The shape of an image may differ from call to call.
+        anomaly_maps : array-like of shape (n, H, W)
+            Maps; higher = more anomalous.
+        brain_masks : array-like of shape (n, H, W), bool or 0/1, or None, default=None
+            True = brain; pixels outside are ignored. None counts every pixel.
         subjects : array-like of shape (n,), default=None
             Subject of each image, also across calls. None: each image is a subject; in all calls or in none.
         """
@@ -84,12 +88,24 @@ class MapEvaluation:
     def result(
         self, threshold: float | None = None, random_state: int | np.random.RandomState | None = 0
     ) -> dict[str, Any]:
-        """What `evaluate_maps` returns for all images so far; more may follow.
+        """Evaluate all images so far; more may follow.
 
         Parameters
         ----------
-        threshold, random_state
-            As for `evaluate_maps`.
+        threshold : float or None, default=None
+            A threshold calibrated on healthy data, in units of the map. None: none is evaluated.
+        random_state : int, RandomState instance or None, default=0
+            Seed of the intervals' draws.
+
+        Returns
+        -------
+        dict
+            What `evaluate_maps` returns.
+
+        Raises
+        ------
+        ValueError
+            If there are no lesion pixels so far, or no others.
         """
         images = self._images
         check_classes(images.n_lesion, images.n_healthy)
@@ -135,18 +151,40 @@ class MapEvaluation:
 
 
 class Curve(NamedTuple):
-    """All images at a range of thresholds, which are lesion values, from high to low; each (n_levels,)."""
+    """All images at a range of thresholds, which are lesion values, from high to low.
+
+    Attributes
+    ----------
+    threshold : ndarray of shape (n_levels,)
+        Distinct values of lesion pixels, descending.
+    n_lesion, n_tied : ndarray of shape (n_levels,)
+        How many lesion pixels and how many healthy ones have this very value.
+    n_overlap, n_false : ndarray of shape (n_levels,)
+        How many lesion pixels and how many healthy ones are at or above it.
+    dice : ndarray of shape (n_levels,)
+        Dice of each image with this threshold, summed over the images.
+    """
 
     threshold: NDArray
-    n_lesion: NDArray  # lesion pixels of this very value
-    n_tied: NDArray  # and healthy ones
-    n_overlap: NDArray  # lesion pixels at or above
-    n_false: NDArray  # and healthy ones
-    dice: NDArray  # summed over the images
+    n_lesion: NDArray
+    n_tied: NDArray
+    n_overlap: NDArray
+    n_false: NDArray
+    dice: NDArray
 
 
 class Summary(NamedTuple):
-    """What the curves come to."""
+    """What the curves come to.
+
+    Attributes
+    ----------
+    auprc, auroc : float
+        Areas under the curves over all pixels, in 0..1.
+    best_per_image, best_pooled : floating
+        Oracle thresholds in the unit of the maps, in the maps' own precision.
+    n_levels : int
+        Number of distinct values of lesion pixels.
+    """
 
     auprc: float
     auroc: float
@@ -156,7 +194,20 @@ class Summary(NamedTuple):
 
 
 def summarise(images: SortedImages, size: int) -> Summary:
-    """Areas under curves and oracle thresholds, from ranges of about `size` lesion pixels at most."""
+    """Sum up areas under curves and find oracle thresholds.
+
+    Parameters
+    ----------
+    images : SortedImages
+        Images with lesion pixels and others.
+    size : int
+        About how many lesion pixels to look at together at most.
+
+    Returns
+    -------
+    Summary
+        The areas and the thresholds.
+    """
     n_lesion, n_healthy = int(images.n_lesion.sum()), int(images.n_healthy.sum())
     n_images = np.count_nonzero(images.n_lesion)
     precisions = pairs = 0.0
@@ -179,7 +230,20 @@ def summarise(images: SortedImages, size: int) -> Summary:
 
 
 def curve_ranges(images: SortedImages, size: int) -> Iterator[Curve]:
-    """The curves from the highest lesion value to the lowest, in ranges of values."""
+    """Compute the curves from the highest lesion value to the lowest, in ranges of values.
+
+    Parameters
+    ----------
+    images : SortedImages
+        Images with lesion pixels and others.
+    size : int
+        About how many lesion pixels to look at together at most.
+
+    Yields
+    ------
+    Curve
+        The next lower range.
+    """
     totals = np.zeros(3)
     for levels in images.lesion_levels(size):
         n_false, n_tied, dice = np.zeros((3, len(levels.values)))
@@ -280,12 +344,18 @@ def evaluate_maps(
 
     Parameters
     ----------
-    lesion_masks, anomaly_maps, brain_masks : array-like of shape (n, H, W)
-        See `madad.metrics`.
-    subjects, random_state
-        As for `bootstrap_ci`.
+    lesion_masks : array-like of shape (n, H, W), bool or 0/1
+        True = lesion, on the grid of the maps.
+    anomaly_maps : array-like of shape (n, H, W)
+        Maps; higher = more anomalous.
+    brain_masks : array-like of shape (n, H, W), bool or 0/1, or None, default=None
+        True = brain; pixels outside are ignored. None counts every pixel.
+    subjects : array-like of shape (n,), default=None
+        Subject of each slice, whose slices are resampled together. None: each slice is a subject.
     threshold : float, default=None
-        A threshold calibrated on healthy data, in units of the map.
+        A threshold calibrated on healthy data, in units of the map. None: none is evaluated.
+    random_state : int, RandomState instance or None, default=0
+        Seed of the intervals' draws.
 
     Returns
     -------

@@ -14,26 +14,83 @@ from madad.metrics.dice import max_dice_per_image, max_dice_pooled
 def max_dice_scorer(estimator: Any, X: ArrayLike, y: ArrayLike) -> float:
     """Per-image max Dice of `estimator.predict_maps(X)`: a scikit-learn scorer.
 
-    `y` holds lesion masks, (n, H, W) or flattened to (n, H * W). No brain mask is applied: the maps of this
-    library's detectors are already zero outside the brain.
+    Parameters
+    ----------
+    estimator : fitted detector
+        Any detector with ``predict_maps``.
+    X : array-like
+        Slices as the detector takes them.
+    y : array-like of shape (n, H, W) or (n, H * W), bool or 0/1
+        True = lesion, for each pixel of the maps.
+
+    Returns
+    -------
+    float
+        The score of `max_dice_per_image`, in 0..1.
+
+    Notes
+    -----
+    No brain mask is applied: the maps of this library's detectors are already zero outside the brain.
     """
     return max_dice_per_image(*_truth_and_maps(estimator, X, y)).dice
 
 
 def pooled_max_dice_scorer(estimator: Any, X: ArrayLike, y: ArrayLike) -> float:
-    """Pooled max Dice; otherwise `max_dice_scorer`."""
+    """Pooled max Dice of `estimator.predict_maps(X)`; otherwise `max_dice_scorer`.
+
+    Parameters
+    ----------
+    estimator : fitted detector
+        Any detector with ``predict_maps``.
+    X : array-like
+        Slices as the detector takes them.
+    y : array-like of shape (n, H, W) or (n, H * W), bool or 0/1
+        True = lesion, for each pixel of the maps.
+
+    Returns
+    -------
+    float
+        The score of `max_dice_pooled`, in 0..1.
+    """
     return max_dice_pooled(*_truth_and_maps(estimator, X, y)).dice
 
 
 def auprc_scorer(estimator: Any, X: ArrayLike, y: ArrayLike) -> float:
-    """Average precision over pixels, background included; otherwise `max_dice_scorer`."""
+    """Average precision over pixels, background included; otherwise `max_dice_scorer`.
+
+    Parameters
+    ----------
+    estimator : fitted detector
+        Any detector with ``predict_maps``.
+    X : array-like
+        Slices as the detector takes them.
+    y : array-like of shape (n, H, W) or (n, H * W), bool or 0/1
+        True = lesion, for each pixel of the maps.
+
+    Returns
+    -------
+    float
+        The score of `auprc`, in 0..1.
+    """
     return auprc(*_truth_and_maps(estimator, X, y))
 
 
 def image_auroc_scorer(estimator: Any, X: ArrayLike, y: ArrayLike) -> float:
     """Area under the ROC curve of `-estimator.score_samples(X)`: a scikit-learn scorer for whole images.
 
-    `y` is (n,), 1 = anomaly and 0 = normal, or lesion masks: an image with any lesion pixel is an anomaly.
+    Parameters
+    ----------
+    estimator : fitted detector
+        Any detector with ``score_samples``.
+    X : array-like
+        Slices as the detector takes them.
+    y : array-like of shape (n,), (n, H, W) or (n, H * W), bool or 0/1
+        1 = anomaly and 0 = normal, or lesion masks: an image with any lesion pixel is an anomaly.
+
+    Returns
+    -------
+    float
+        In 0..1; 0.5 for scores that know nothing.
     """
     masks = as_bool("y", y, advice="Pass 1 for anomalies and 0 for normal images, e.g. y == -1.")
     labels = masks.reshape(len(masks), -1).max(axis=1)

@@ -101,8 +101,8 @@ def predict_volume(
         Value of the map, in 0..1, at which a voxel is anomalous. None = the detector's, which was calibrated
         on the maps of single slices.
     smoothing_mm : float, default=0.0
-        Standard deviation in mm, from 0, of a Gaussian across slices, along their axis alone: within the slice
-        the detector smooths. 0 = none.
+        Standard deviation in mm, from 0, of a Gaussian across slices, along their axis alone: within the
+        slice the detector smooths. 0 = none.
     median_slices : int, default=1
         Median over so many neighbouring slices, an odd number; 1 = none.
     min_volume_ml : float, default=0.0
