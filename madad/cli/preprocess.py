@@ -16,6 +16,7 @@ from madad.cli._cohort import (
 )
 from madad.datasets import Scan
 from madad.mri import PreprocessedVolume, VolumePreprocessor
+from madad.mri.brain import METHODS
 from madad.saving.model_card import preprocessing_of
 from madad.volumes.bids_derivative import Derivative
 from madad.volumes.preparation import bids_name, preprocess_scan
@@ -43,7 +44,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--brain",
         default="auto",
-        choices=("auto", "stripped", "deepbet", "template", "hd-bet", "synthstrip"),
+        choices=METHODS,
         help="how the brain is found where no mask is given; auto = the first of the next three that works",
     )
     parser.add_argument("--bias-field", action="store_true", help="correct the shading by N4")

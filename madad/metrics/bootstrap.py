@@ -94,8 +94,9 @@ def auprc_interval(
     Parameters
     ----------
     counts : iterable of (ndarray (m,), ndarray (m, n_levels), ndarray (m, n_levels))
-        For one block of images after the other their `subject_codes`, and how many lesion pixels and how many pixels of
-        all reach each of the thresholds, which descend. A resample is the sum of its subjects' counts.
+        For one block of images after the other their `subject_codes`, and how many lesion pixels and how many
+        pixels of all reach each of the thresholds, which descend. A resample is the sum of its subjects'
+        counts.
     n_subjects : int
         Number of subjects in all images.
     random_state : int, RandomState instance or None

@@ -47,7 +47,7 @@ def check_volume(values, affine):
     return values, _check_affine(affine, "affine")
 
 
-def check_brain_mask(brain_mask, values, name="brain_mask"):
+def check_brain_mask(brain_mask, values):
     """Return a mask as bool, or say what is wrong with it.
 
     Parameters
@@ -56,8 +56,6 @@ def check_brain_mask(brain_mask, values, name="brain_mask"):
         Non-zero inside the brain.
     values : ndarray of shape (X, Y, Z)
         The volume it belongs to.
-    name : str, default="brain_mask"
-        What messages call it.
 
     Returns
     -------
@@ -72,11 +70,11 @@ def check_brain_mask(brain_mask, values, name="brain_mask"):
     brain = np.asarray(brain_mask) > 0
     if brain.shape != values.shape:
         raise ValueError(
-            f"{name} must have the shape of values, got {brain.shape} and {values.shape}. "
+            f"brain_mask must have the shape of values, got {brain.shape} and {values.shape}. "
             "Resample it to the volume's grid."
         )
     if not brain.any():
-        raise ValueError(f"{name} must have a brain voxel, got none. Repair it, or use find_brain.")
+        raise ValueError("brain_mask must have a brain voxel, got none. Repair it, or use find_brain.")
     return brain
 
 

@@ -10,7 +10,7 @@ from madad.mri.brain import find_brain
 from madad.mri.intensity import correct_bias, normalize_intensity
 from madad.mri.nifti import Volume, check_same_grid, read_volume, same_grid
 from madad.mri.registration import AffineRegistration, Template, mni_template, register_affine
-from madad.mri.resampling import check_brain_mask, resample_mask, resample_to
+from madad.mri.resampling import resample_mask, resample_to
 
 MIN_COVERED = 0.8
 """Least share of the first contrast's brain that each other contrast must show."""
@@ -236,7 +236,7 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
     def _brain_of(self, source, given=None):
         method = "auto" if given is not None else self.brain
         try:
-            return find_brain(source.values, source.affine, given=given, method=method)
+            return find_brain(source.values, source.affine, brain_mask=given, method=method)
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from error
 
@@ -305,10 +305,10 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
 def _mask_on(source, mask):
     """A brain mask as an array on the canonical grid of a volume."""
     if isinstance(mask, np.ndarray):
-        return check_brain_mask(mask, source.values)
+        return mask
     mask = read_volume(mask)
     check_same_grid(source, mask)
-    return check_brain_mask(mask.values, source.values)
+    return mask.values
 
 
 def _mean_of_brain(values, brain, affine, shape, target_affine, matrix):
