@@ -29,7 +29,13 @@ from madad.volumes.prepared_folder import (
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add ``preprocess`` and its arguments."""
+    """Add ``preprocess`` and its arguments.
+
+    Parameters
+    ----------
+    commands : argparse subparsers
+        The commands of ``madad``, to which it is added.
+    """
     parser = commands.add_parser(
         "preprocess",
         help="find the brain, register it to the template, scale its intensities",
@@ -55,7 +61,18 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Preprocess what is not preprocessed yet."""
+    """Preprocess what is not preprocessed yet.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        The arguments that `add_command` added.
+
+    Returns
+    -------
+    int
+        The exit status. 0: done; 1: done, but some scans failed.
+    """
     preprocessor = VolumePreprocessor(
         brain=options.brain,
         bias_field=options.bias_field,
