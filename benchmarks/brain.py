@@ -45,7 +45,7 @@ def report(path, reference, method):
     start = time.perf_counter()
     try:
         if method == "given":
-            brain, made_by = find_brain(volume.values, volume.affine, given=reference)
+            brain, made_by = find_brain(volume.values, volume.affine, brain_mask=reference)
         else:
             brain, made_by = find_brain(volume.values, volume.affine, method=method)
     except (ImportError, ValueError) as error:

@@ -27,17 +27,20 @@ def summary_figure(
     path : path-like
         PNG to write; it appears whole or not at all.
     images, restored : ndarray of shape (n, H, W), in 0..1
-    anomaly_maps : ndarray of shape (n, H, W)
+        Slices and their pseudo-healthy images.
+    anomaly_maps : ndarray of shape (n, H, W), in 0..1
+        Their maps; higher = more anomalous.
     lesion_masks : ndarray of shape (n, H, W), bool
-        Outlined on the map, filled on the input.
-    titles : list of str, optional
-        One per row.
-    map_range : (float, float), optional
-        Limits of the colour scale; None = 0 to the 99.9th percentile of the maps shown.
+        True = lesion; outlined on the map and on the truth.
+    titles : list of str or None, default=None
+        Text to the left of each row. None = none.
+    map_range : (float, float) or None, default=None
+        Limits of the colour scale. None = 0 to the 99.9th percentile of the maps shown.
 
     Returns
     -------
     Path
+        The file that was written.
     """
     plt = require_matplotlib()
     n = len(images)
@@ -80,18 +83,20 @@ def volume_figure(
     path : path-like
         PNG to write; it appears whole or not at all.
     image, anomaly_map : ndarray of shape (X, Y, Z)
-        On the canonical grid.
+        The scan in any unit and its map in 0..1, on one canonical grid.
     affine : ndarray of shape (4, 4)
         Voxel indices to world mm.
     threshold : float
-        Where the map reaches it, the scan has a yellow outline.
-    lesion_mask : ndarray of shape (X, Y, Z), optional
-        Has a cyan outline on scan and map.
-    title : str, optional
+        Where the map reaches it, in 0..1, the scan has a yellow outline.
+    lesion_mask : ndarray of shape (X, Y, Z) or None, default=None
+        True = lesion; has a cyan outline on scan and map. None = not known.
+    title : str or None, default=None
+        Text above the scan. None = none.
 
     Returns
     -------
     Path
+        The file that was written.
 
     Raises
     ------
@@ -162,7 +167,18 @@ def _require_nilearn():
 
 
 def require_matplotlib():
-    """Matplotlib's pyplot, or an ImportError that names the extra."""
+    """Import matplotlib's pyplot.
+
+    Returns
+    -------
+    module
+        ``matplotlib.pyplot``, set to draw without a screen.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed; the message names the extra.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -177,7 +193,20 @@ def require_matplotlib():
 
 
 def save_figure(figure, path: Path) -> Path:
-    """Write a figure, whole or not at all, and close it."""
+    """Write a figure, whole or not at all, and close it.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+        The figure to write.
+    path : Path
+        The file; its suffix says which format, PNG without.
+
+    Returns
+    -------
+    Path
+        The file that was written.
+    """
     plt = require_matplotlib()
     try:
         with whole_file(path) as scratch:

@@ -13,6 +13,16 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; the file becomes ``path`` when the block ends without an error.
 
+    Parameters
+    ----------
+    path : Path
+        The file to write; one that is there already is replaced.
+
+    Yields
+    ------
+    Path
+        A name in the same folder that no file has.
+
     Raises
     ------
     OSError
@@ -34,23 +44,71 @@ def whole_file(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-
 def write_text(path: Path, text: str) -> None:
-    """Write text, whole or not at all; an OSError names the file and what to do."""
+    """Write text, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write; one that is there already is replaced.
+    text : str
+        What it holds, written as UTF-8 with line ends as they are.
+
+    Raises
+    ------
+    OSError
+        As `whole_file`.
+    """
     with whole_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8", newline="")
 
 
-def read_json(path: Path) -> dict:
-    """What a JSON file holds; a ValueError names one that is damaged."""
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON object, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write; one that is there already is replaced.
+    content : dict
+        Names and what JSON can hold; no NaN and no infinity.
+
+    Raises
+    ------
+    OSError
+        As `whole_file`.
+    """
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, remedy: str = "Write it again.") -> dict:
+    """Read the JSON object in a file.
+
+    Parameters
+    ----------
+    path : Path
+        The file to read.
+    remedy : str, default="Write it again."
+        What error messages tell the user to do; a sentence.
+
+    Returns
+    -------
+    dict
+        What the file holds.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged, or holds something other than a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must exist, got no such file. {remedy}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON, got a damaged file ({error}). Write it again.") from error
+        raise ValueError(f"{path} must be JSON, got a damaged file ({error}). {remedy}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}. Write it again.")
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}. {remedy}")
     return content

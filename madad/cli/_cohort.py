@@ -33,7 +33,17 @@ Item = TypeVar("Item")
 
 @dataclass
 class Tally:
-    """What became of the scans."""
+    """What became of the scans.
+
+    Attributes
+    ----------
+    done, skipped : list of str
+        Names of the scans that were done now, and of those that had been done before.
+    failed : dict of str to str
+        Message of the error by the scan's name.
+    warned : dict of str to list of str
+        Warnings by the scan's name, of those that were done.
+    """
 
     done: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -42,11 +52,19 @@ class Tally:
 
     @property
     def status(self) -> int:
-        """The command's exit status."""
+        """The command's exit status: 1 if a scan failed, else 0."""
         return 1 if self.failed else 0
 
     def report(self, options: argparse.Namespace, out: Path) -> None:
-        """Print it, as JSON if asked to."""
+        """Print it.
+
+        Parameters
+        ----------
+        options : argparse.Namespace
+            With ``json``, which asks for JSON, and ``dry_run``.
+        out : Path
+            The folder of results.
+        """
         if options.json:
             facts = {"out": str(out), "dry_run": options.dry_run, **vars(self)}
             print(json.dumps(facts, indent=2))
@@ -60,7 +78,15 @@ class Tally:
 
 
 def add_cohort_arguments(parser: argparse.ArgumentParser, *, default_readers: str = "0") -> None:
-    """Arguments of the commands that go over scans."""
+    """Add the arguments of the commands that go over scans.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        Parser of the command.
+    default_readers : str, default="0"
+        What the help says of the number of readers without ``--readers``.
+    """
     parser.add_argument("--overwrite", action="store_true", help="do again what is done already")
     parser.add_argument("--shard", type=shard, metavar="i/N", help="do the i-th of N parts, counted from 1")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, write nothing")
@@ -74,20 +100,48 @@ def add_cohort_arguments(parser: argparse.ArgumentParser, *, default_readers: st
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--json`` and ``--quiet``."""
+    """Add ``--json`` and ``--quiet``.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        Parser of the command.
+    """
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def n_readers(text: str) -> int:
-    """A whole number from 0."""
+    """Read a whole number from 0.
+
+    Parameters
+    ----------
+    text : str
+        What the user wrote.
+
+    Returns
+    -------
+    int
+        The number that was meant.
+    """
     if not re.fullmatch(r"\d+", text):
         raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}; for example 2")
     return int(text)
 
 
 def shard(text: str) -> tuple[int, int]:
-    """``2/8`` as (2, 8)."""
+    """Read a share.
+
+    Parameters
+    ----------
+    text : str
+        What the user wrote, such as ``2/8``.
+
+    Returns
+    -------
+    part, n : int
+        Number of the part from 1, and of all parts.
+    """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     part, n = map(int, match.groups()) if match else (0, 0)
     if not 1 <= part <= n:
@@ -96,7 +150,25 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def share_of(items: Sequence[Item], options: argparse.Namespace) -> list[Item]:
-    """The part of the items that this process does: ``--shard``, or RANK of WORLD_SIZE, or all."""
+    """Pick the part of the items that this process does: ``--shard``, or RANK of WORLD_SIZE, or all.
+
+    Parameters
+    ----------
+    items : sequence
+        All items, the same and in the same order in each process.
+    options : argparse.Namespace
+        With ``shard``.
+
+    Returns
+    -------
+    list
+        Every n-th of the items.
+
+    Raises
+    ------
+    ValueError
+        If RANK and WORLD_SIZE make no share.
+    """
     part, n = options.shard or _shard_of_environment()
     return list(items[part - 1 :: n])
 
@@ -115,7 +187,18 @@ def _shard_of_environment() -> tuple[int, int]:
 
 
 def is_preprocessed(inputs: Sequence[Path]) -> bool:
-    """Whether IN is a folder that ``madad preprocess`` wrote."""
+    """Tell whether IN is a folder that ``madad preprocess`` wrote.
+
+    Parameters
+    ----------
+    inputs : sequence of Path
+        What the user gave as IN.
+
+    Returns
+    -------
+    bool
+        False also for several folders.
+    """
     if len(inputs) != 1 or not (inputs[0] / DESCRIPTION).is_file():
         return False
     return read_json(inputs[0] / DESCRIPTION).get("madad", {}).get("step") == PREPROCESS
@@ -124,7 +207,23 @@ def is_preprocessed(inputs: Sequence[Path]) -> bool:
 def raw_scans(
     inputs: Sequence[Path], contrast: str | None, out: Path | None = None
 ) -> tuple[list[Scan], Path]:
-    """Scans as they came, and the folder that results name them relative to.
+    """Find scans as they came.
+
+    Parameters
+    ----------
+    inputs : sequence of Path
+        What the user gave as IN.
+    contrast : str or None
+        Contrast of the images whose names tell none.
+    out : Path or None, default=None
+        Folder of results, if there is one.
+
+    Returns
+    -------
+    scans : list of Scan
+        One for each subject and session.
+    source : Path
+        The folder that results name their files relative to.
 
     Raises
     ------
@@ -165,7 +264,19 @@ def _would_be_searched(folder: Path, out: Path) -> bool:
 
 
 def begin(folder: Derivative, options: argparse.Namespace, name: str, **what) -> None:
-    """Make OUT ready, or in a dry run say whether it would be refused."""
+    """Make OUT ready, or in a dry run say whether it would be refused.
+
+    Parameters
+    ----------
+    folder : Derivative
+        The folder of results.
+    options : argparse.Namespace
+        With ``dry_run`` and ``overwrite``.
+    name : str
+        Name of the dataset.
+    **what
+        ``step``, ``parameters`` and ``source`` of `Derivative.start`.
+    """
     if options.dry_run:
         folder.check(overwrite=options.overwrite, **what)
     else:
@@ -190,16 +301,18 @@ def for_each(
     work : callable
         ``work(scan, loaded, noted)`` writes the results and returns warnings; ``noted`` came while loading.
     is_done : callable
+        ``is_done(scan)`` tells whether all results of the scan are there.
     folder : Derivative
         Where failures are noted.
     options : argparse.Namespace
         With ``overwrite``, ``dry_run``, ``quiet``, ``json``.
-    readers : int
-        Of `madad.cli._readers.read_ahead`.
+    readers : int, default=0
+        How many processes load the next scans; 0 = this one alone.
 
     Returns
     -------
     Tally
+        What became of each scan; in a dry run, what would be done.
 
     Raises
     ------
@@ -242,12 +355,38 @@ def _noting(load: Load[Item]) -> tuple[Item, list[str]]:
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether each scan after this one would fail alike."""
+    """Tell whether each scan after this one would fail alike.
+
+    Parameters
+    ----------
+    error : BaseException
+        Why a scan could not be done.
+
+    Returns
+    -------
+    bool
+        True for a disk that is full or read-only.
+    """
     return isinstance(error, OSError) and error.errno in _FATAL
 
 
 def progress(items: Sequence[Item], what: str, options: argparse.Namespace) -> Iterable[Item]:
-    """The items behind a progress bar on stderr, with the time left."""
+    """Put items behind a progress bar on stderr, with the time left.
+
+    Parameters
+    ----------
+    items : sequence
+        What is gone through.
+    what : str
+        Text before the bar.
+    options : argparse.Namespace
+        With ``quiet`` and ``json``, either of which hides the bar.
+
+    Returns
+    -------
+    iterable
+        The same items.
+    """
     return tqdm(items, desc=what, unit="file", disable=options.quiet or options.json, file=sys.stderr)
 
 
@@ -255,7 +394,15 @@ def progress(items: Sequence[Item], what: str, options: argparse.Namespace) -> I
 def noted_warnings(texts: list[str] | None = None) -> Iterator[list[str]]:
     """Collect the texts of a block's warnings to users, each once, instead of showing them.
 
-    They are added to ``texts``, if given.
+    Parameters
+    ----------
+    texts : list of str or None, default=None
+        The list that they are added to. None = a new one.
+
+    Yields
+    ------
+    list of str
+        The list, filled when the block ends.
     """
     texts = [] if texts is None else texts
     with warnings.catch_warnings(record=True) as found:

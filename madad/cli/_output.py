@@ -23,7 +23,17 @@ from madad.nn import (
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table whole or not at all."""
+    """Write a table whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write.
+    header : sequence of str
+        Cells of the first line.
+    rows : iterable of sequence
+        Cells of the others.
+    """
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(header)
@@ -32,7 +42,20 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 
 
 def table(methods: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> str:
-    """A row for each method, a column for each number."""
+    """Lay out numbers as text, a row for each method.
+
+    Parameters
+    ----------
+    methods : mapping of str to mapping of str to float
+        Numbers by method and by column; at least one method.
+    columns : sequence of str
+        Which numbers to show.
+
+    Returns
+    -------
+    str
+        Lines of equal length after an empty one.
+    """
     width = max(map(len, methods))
     lines = ["", " " * width + "".join(f"  {name:>18}" for name in columns)]
     for name, values in methods.items():
@@ -41,7 +64,20 @@ def table(methods: Mapping[str, Mapping[str, float]], columns: Sequence[str]) ->
 
 
 def listing(facts: dict, indent: str = "") -> str:
-    """``name: value`` lines, those of a dict within below its name."""
+    """Lay out facts as ``name: value`` lines, those of a dict within below its name.
+
+    Parameters
+    ----------
+    facts : dict
+        Values by name; dicts may nest.
+    indent : str, default=""
+        Blanks before each line.
+
+    Returns
+    -------
+    str
+        The lines.
+    """
     lines = []
     for name, value in facts.items():
         if isinstance(value, dict):
@@ -53,7 +89,18 @@ def listing(facts: dict, indent: str = "") -> str:
 
 
 def network_facts(network: AutoencoderKL | MaskedUNet) -> dict[str, Any]:
-    """What a network is, ready to be printed."""
+    """Say what a network is.
+
+    Parameters
+    ----------
+    network : AutoencoderKL or MaskedUNet
+        The network, whatever its weights.
+
+    Returns
+    -------
+    dict
+        Facts by name, ready to be printed or for JSON.
+    """
     config = network.config
     facts = {
         "network": type(network).__name__,
@@ -80,7 +127,15 @@ def _size_name(config: AutoencoderConfig | UNetConfig) -> str | None:
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Note how long the block took."""
+    """Note how long the block took.
+
+    Parameters
+    ----------
+    seconds : dict of str to float
+        Where it is noted, in seconds.
+    stage : str
+        Name under which it is noted.
+    """
     start = time.monotonic()
     yield
     seconds[stage] = time.monotonic() - start

@@ -15,7 +15,13 @@ PARTS = ("autoencoder", "denoiser")
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add ``convert`` and its arguments."""
+    """Add ``convert`` and its arguments.
+
+    Parameters
+    ----------
+    commands : argparse subparsers
+        The commands of ``madad``, to which it is added.
+    """
     convert = commands.add_parser(
         "convert",
         help="foreign weights to a directory of ours",
@@ -38,7 +44,18 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Read, write, and say what it was."""
+    """Read, write, and say what it was.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        The arguments that `add_command` added.
+
+    Returns
+    -------
+    int
+        The exit status. 0: done.
+    """
     check_network_path(options.out)
     network = _load(options, options.part or kind_of_weights(options.source))
     save_network(network, options.out)

@@ -31,7 +31,13 @@ COLUMNS = ("auprc", "auroc", "max_dice_per_image", "max_dice_pooled", "calibrate
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add ``demo`` and its arguments."""
+    """Add ``demo`` and its arguments.
+
+    Parameters
+    ----------
+    commands : argparse subparsers
+        The commands of ``madad``, to which it is added.
+    """
     demo = commands.add_parser(
         "demo",
         help="train on healthy slices, find lesions in others, compare with two baselines",
@@ -50,7 +56,18 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train, evaluate on held-out subjects, compare and write."""
+    """Train, evaluate on held-out subjects, compare and write.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        The arguments that `add_command` added.
+
+    Returns
+    -------
+    int
+        The exit status. 0: done.
+    """
     refuse_foreign(options.out / "model")
     require_matplotlib()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,17 @@ OF_SCANS = (
 
 
 class Judged(NamedTuple):
-    """Rows of one scan; its brain and lesion voxels, and each method's map there."""
+    """What was measured of one scan.
+
+    Attributes
+    ----------
+    rows : list of dict
+        Cells of `OF_SCANS`, one row for each method.
+    lesion : ndarray of shape (n_voxels,), bool
+        True = lesion, at each voxel of brain or lesion.
+    maps : dict of str to ndarray of shape (n_voxels,)
+        Each method's map at these voxels, in 0..1.
+    """
 
     rows: list[dict]
     lesion: np.ndarray
@@ -43,7 +53,13 @@ class Judged(NamedTuple):
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add ``evaluate`` and its arguments."""
+    """Add ``evaluate`` and its arguments.
+
+    Parameters
+    ----------
+    commands : argparse subparsers
+        The commands of ``madad``, to which it is added.
+    """
     parser = commands.add_parser(
         "evaluate",
         help="maps against experts' lesion masks, beside plain intensity",
@@ -64,7 +80,18 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and write evaluation.json, evaluation.tsv, errors.tsv and figures."""
+    """Measure, and write evaluation.json, evaluation.tsv, errors.tsv and figures.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        The arguments that `add_command` added.
+
+    Returns
+    -------
+    int
+        The exit status. 0: done; 1: done, but some scans failed.
+    """
     if options.card and options.threshold is not None:
         raise ValueError(
             f"--threshold must be the model's where --card notes the result, got {options.threshold}. "

@@ -27,7 +27,13 @@ SCAN_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add ``info`` and its arguments."""
+    """Add ``info`` and its arguments.
+
+    Parameters
+    ----------
+    commands : argparse subparsers
+        The commands of ``madad``, to which it is added.
+    """
     info = commands.add_parser(
         "info",
         help="what a saved model, a converted network, a weight file or a scan is",
@@ -49,7 +55,18 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what is at a path."""
+    """Print what is at a path.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        The arguments that `add_command` added.
+
+    Returns
+    -------
+    int
+        The exit status. 0: done.
+    """
     facts = _facts(options)
     print(json.dumps(facts, indent=2) if options.json else listing(facts))
     return 0

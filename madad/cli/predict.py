@@ -46,7 +46,13 @@ MAX_READERS = 4
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add ``predict`` and its arguments."""
+    """Add ``predict`` and its arguments.
+
+    Parameters
+    ----------
+    commands : argparse subparsers
+        The commands of ``madad``, to which it is added.
+    """
     parser = commands.add_parser(
         "predict",
         help="anomaly maps, masks and scores of scans",
@@ -67,7 +73,15 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def add_scan_arguments(parser: argparse.ArgumentParser, name: str = "IN") -> None:
-    """Arguments of the commands that judge scans."""
+    """Add the arguments of the commands that judge scans.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        Parser of the command.
+    name : str, default="IN"
+        What the help calls the scans.
+    """
     parser.add_argument("inputs", type=Path, nargs="+", metavar=name)
     parser.add_argument("--contrast", help="of files whose names do not tell: T1, T2, PD, FLAIR, T1CE")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -75,7 +89,18 @@ def add_scan_arguments(parser: argparse.ArgumentParser, name: str = "IN") -> Non
 
 
 def share(text: str) -> float:
-    """A number in 0..1."""
+    """Read a number in 0..1.
+
+    Parameters
+    ----------
+    text : str
+        What the user wrote.
+
+    Returns
+    -------
+    float
+        The number that was meant.
+    """
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must lie in 0..1, got {text!r}")
@@ -83,7 +108,18 @@ def share(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Judge what is not judged yet."""
+    """Judge what is not judged yet.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        The arguments that `add_command` added.
+
+    Returns
+    -------
+    int
+        The exit status. 0: done; 1: done, but some scans failed.
+    """
     model = VolumeModel.load(options.model, options.device)
     space = _space(model, options.space)
     threshold = model.threshold if options.threshold is None else options.threshold
@@ -122,7 +158,25 @@ def run(options: argparse.Namespace) -> int:
 def scans_to_judge(
     model: VolumeModel, options: argparse.Namespace, *, out: Path | None = None, needs_source: bool = True
 ) -> tuple[list[tuple[Scan, Load]], Path]:
-    """Each scan of IN with a function that prepares it, and the folder that scans are named relative to.
+    """Find the scans of IN, and what prepares each.
+
+    Parameters
+    ----------
+    model : VolumeModel
+        The model that is to judge them.
+    options : argparse.Namespace
+        With ``inputs`` and ``contrast``.
+    out : Path or None, default=None
+        Folder of results, if there is one.
+    needs_source : bool, default=True
+        Whether results are to be brought to the scan's own grid.
+
+    Returns
+    -------
+    scans : list of (Scan, callable)
+        Each scan with a function that returns its preprocessed volumes.
+    source : Path
+        The folder that results name their files relative to.
 
     Raises
     ------

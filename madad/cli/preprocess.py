@@ -16,6 +16,7 @@ from madad.cli._cohort import (
 )
 from madad.datasets import Scan
 from madad.mri import PreprocessedVolume, VolumePreprocessor
+from madad.mri.brain import METHODS
 from madad.saving.model_card import preprocessing_of
 from madad.volumes.bids_derivative import Derivative
 from madad.volumes.preparation import bids_name, preprocess_scan
@@ -28,7 +29,13 @@ from madad.volumes.prepared_folder import (
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """Add ``preprocess`` and its arguments."""
+    """Add ``preprocess`` and its arguments.
+
+    Parameters
+    ----------
+    commands : argparse subparsers
+        The commands of ``madad``, to which it is added.
+    """
     parser = commands.add_parser(
         "preprocess",
         help="find the brain, register it to the template, scale its intensities",
@@ -43,7 +50,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--brain",
         default="auto",
-        choices=("auto", "stripped", "deepbet", "template", "hd-bet", "synthstrip"),
+        choices=METHODS,
         help="how the brain is found where no mask is given; auto = the first of the next three that works",
     )
     parser.add_argument("--bias-field", action="store_true", help="correct the shading by N4")
@@ -54,7 +61,18 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Preprocess what is not preprocessed yet."""
+    """Preprocess what is not preprocessed yet.
+
+    Parameters
+    ----------
+    options : argparse.Namespace
+        The arguments that `add_command` added.
+
+    Returns
+    -------
+    int
+        The exit status. 0: done; 1: done, but some scans failed.
+    """
     preprocessor = VolumePreprocessor(
         brain=options.brain,
         bias_field=options.bias_field,

@@ -4,11 +4,11 @@ Names alone decide: nothing is opened here but descriptions of derivatives. `mad
 the slices.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
+from madad._runtime.files import read_json
 from madad.datasets.scan import Scan
 
 _IXI = re.compile(
@@ -166,10 +166,9 @@ def find_bids(root, *, space=None):
 def _is_ours(derivative):
     """Whether madad wrote a derivative: its masks are made from the images, and no further knowledge."""
     try:
-        description = json.loads((derivative / "dataset_description.json").read_text(encoding="utf-8"))
+        return "madad" in read_json(derivative / "dataset_description.json")
     except (OSError, ValueError):
         return False
-    return isinstance(description, dict) and "madad" in description
 
 
 def _scans_by_bids_names(image_files, mask_files):
@@ -195,19 +194,58 @@ def _scans_by_bids_names(image_files, mask_files):
 
 
 def parse_bids_name(path):
-    """Split a BIDS name into its entities and its suffix."""
+    """Split a BIDS name into its entities and its suffix.
+
+    Parameters
+    ----------
+    path : Path
+        A file, whose name alone is looked at.
+
+    Returns
+    -------
+    entities : dict of str to str
+        Key and label of each part of the name that has a hyphen, such as "sub" and "01".
+    suffix : str
+        The last part, such as "T1w".
+    """
     *parts, suffix = path.name.partition(".nii")[0].split("_")
     return dict(part.split("-", 1) for part in parts if "-" in part), suffix
 
 
 def contrast_of(entities, suffix):
-    """Return the contrast that a BIDS name stands for, None if it is none of ours."""
+    """Tell the contrast that a BIDS name stands for.
+
+    Parameters
+    ----------
+    entities : dict of str to str
+        Entities of the name, from `parse_bids_name`.
+    suffix : str
+        Suffix of the name, from `parse_bids_name`.
+
+    Returns
+    -------
+    str or None
+        "T1", "T2", "PD" or "FLAIR", with "CE" behind it after a contrast agent; None for other suffixes.
+    """
     contrast = _BIDS_CONTRASTS.get(suffix)
     return f"{contrast}CE" if contrast and "ce" in entities else contrast
 
 
 def mask_role(entities, suffix):
-    """Return the attribute of Scan that a file is for, None if it is no mask."""
+    """Tell the attribute of `Scan` that a mask is for.
+
+    Parameters
+    ----------
+    entities : dict of str to str
+        Entities of the name, from `parse_bids_name`.
+    suffix : str
+        Suffix of the name, from `parse_bids_name`.
+
+    Returns
+    -------
+    {"lesion_mask", "brain_mask"} or None
+        None if it is no mask, or a mask of something else.
+    """
     if suffix not in ("mask", "roi"):
         return None
     label, desc = entities.get("label", ""), entities.get("desc", "")

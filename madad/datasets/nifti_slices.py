@@ -1,17 +1,14 @@
-"""Volumes of a cohort: the record that says which files belong together, and the reader of their slices."""
+"""Axial slices of a cohort's volumes, on one grid."""
 
-import itertools
 import numbers
-import zlib
-from dataclasses import dataclass
 
-import nibabel as nib
 import numpy as np
 from sklearn.utils import Bunch
 from threadpoolctl import threadpool_limits
 
 from madad.datasets.npz_slices import Grid, check_range_is_known, scale_slices
 from madad.mri.brain import is_stripped
+from madad.mri.nifti import check_same_grid, read_volume
 
 
 def load_scans(
@@ -31,17 +28,24 @@ def load_scans(
     Parameters
     ----------
     scans : iterable of Scan
-        As from `find_ixi`, `find_atlas`, `find_brats` or `find_bids`; all with a lesion mask or all without.
+        What `find_ixi`, `find_atlas`, `find_brats`, `find_bids` or `find_scans` returned; all with a lesion
+        mask or all without.
     contrast : str
-        Which image of each scan; upper and lower case are the same.
+        The image of each scan that is read, for example "T1"; upper and lower case are the same.
     z_range : tuple of float, default=None
         Keep slices with ``low <= z_frac <= high`` (0 lowest, 1 highest slice with brain). None keeps all
         that have brain.
     every : int, default=1
-        Keep every so many of these slices, counted from the lowest.
-    size, spacing_mm, center, target
-        As in `load_slices`. The scale is computed per scan from the slices that `z_range` and `every` keep.
-        ``center=None`` needs volumes stored as unscaled 8-bit numbers.
+        Keep every so many of these slices, counted from the lowest; at least 1.
+    size : int, default=None
+        Height and width of the result in pixels, as in `load_slices`.
+    spacing_mm : float, default=None
+        Pixel size of the result in mm, as in `load_slices`.
+    center : {"median", "mode"} or None, default="median"
+        Per-scan scale, as in `load_slices`, computed from the slices that `z_range` and `every` keep. None
+        needs volumes stored as unscaled 8-bit numbers.
+    target : float, default=0.4
+        Where the centre goes, in 0..1.
     largest_lesion_only : bool, default=False
         Keep of each scan the one slice, of those above, with the most lesion pixels inside the brain. Scans
         without any are left out.
@@ -49,7 +53,7 @@ def load_scans(
     Returns
     -------
     sklearn.utils.Bunch
-        As from `load_slices`: `images`, `brain_masks`, `lesion_masks` (n, H, W), `has_lesion_masks`,
+        The arrays of `load_slices`: `images`, `brain_masks`, `lesion_masks` (n, H, W), `has_lesion_masks`,
         `subjects` (n,), `z_frac` (n,) float32, `modality` (the contrast in upper case), `spacing_mm` (rows,
         columns), None where `size` alone leads to pixels that differ between scans; and `z_index` (n,) int,
         the slice's place in the RAS-oriented volume, 0 the lowest.
@@ -63,6 +67,11 @@ def load_scans(
         of 3 dimensions or a mask is not on the image's grid; a volume has neither brain mask nor its skull
         removed; an argument is out of its range; the scans' grids differ and `size` and `spacing_mm` do not
         bring them together; no slice is left; or `size` would cut a brain.
+
+    Warns
+    -----
+    UserWarning
+        If voxels are NaN or infinite, as `madad.mri.read_volume`.
 
     Notes
     -----
@@ -140,18 +149,18 @@ def _name(scan):
 
 def _read_slices(scan, contrast, z_range, every, center, target):
     """Return the scan's kept slices on the grid of the file, images scaled, and that grid's spacing."""
-    image = _read_volume(_by_contrast(scan)[contrast.upper()])
-    check_range_is_known(center, image.values.dtype)
+    image = read_volume(_by_contrast(scan)[contrast.upper()])
+    check_range_is_known(center, image.stored_dtype)
     if scan.brain_mask is None:
         brain = _brain_of_stripped(image, scan)
     else:
-        brain = _read_mask(scan.brain_mask, image, "brain_mask", scan)
+        brain = _read_mask(scan.brain_mask, image)
     z_index, z_frac = _select(brain, z_range, every, scan)
     slices = {"brain_masks": _axial_slices(brain, z_index)}
     if scan.lesion_mask is None:
         slices["lesion_masks"] = np.zeros_like(slices["brain_masks"])
     else:
-        lesion = _read_mask(scan.lesion_mask, image, "lesion_mask", scan)
+        lesion = _read_mask(scan.lesion_mask, image)
         slices["lesion_masks"] = _axial_slices(lesion, z_index)
     values = _axial_slices(image.values, z_index)
     slices["images"] = scale_slices(
@@ -162,7 +171,8 @@ def _read_slices(scan, contrast, z_range, every, center, target):
         "z_frac": z_frac,
         "z_index": z_index,
     }
-    return slices, image.voxel_mm[[1, 0]].tolist()
+    columns_mm, rows_mm, _ = image.spacing_mm
+    return slices, [rows_mm, columns_mm]
 
 
 def _resample(part, grid, scan):
@@ -175,55 +185,17 @@ def _resample(part, grid, scan):
     return part | {"images": images, "brain_masks": brains, "lesion_masks": lesions}
 
 
-@dataclass(frozen=True)
-class _Volume:
-    values: np.ndarray  # (x, y, z): to the right, to the front, up
-    affine: np.ndarray
-    voxel_mm: np.ndarray
-
-
-def _read_volume(path):
-    try:
-        image = nib.squeeze_image(nib.load(path))  # some writers add an axis of length 1
-        canonical = nib.as_closest_canonical(image) if len(image.shape) == 3 else image
-        values = np.asarray(canonical.dataobj)  # floats if the file has a slope, otherwise as stored
-    except (nib.filebasedimages.ImageFileError, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"images and masks must be whole NIfTI files, got {str(path)!r} ({error}). Copy the file again."
-        ) from error
-    if len(image.shape) != 3:
-        raise ValueError(
-            f"images and masks must have 3 dimensions, got {image.shape} in {str(path)!r}. Save one volume."
-        )
-    if values.dtype == np.float64:
-        values = values.astype(np.float32)
-    return _Volume(values, canonical.affine, nib.affines.voxel_sizes(canonical.affine))
-
-
-def _read_mask(path, image, role, scan):
-    mask = _read_volume(path)
-    shapes = f"{mask.values.shape} and {image.values.shape} for {_name(scan)}"
-    if mask.values.shape != image.values.shape:
-        raise ValueError(
-            f"{role} must have the shape of its image, got {shapes}. Resample it to the image's grid "
-            "(nearest neighbour)."
-        )
-    ends = [(0, n - 1) for n in mask.values.shape]
-    corners = np.array([(*corner, 1) for corner in itertools.product(*ends)])
-    shift_mm = np.abs(corners @ (mask.affine - image.affine).T).max()
-    if shift_mm > image.voxel_mm.min() / 2:
-        raise ValueError(
-            f"{role} must lie on its image, got shapes {shapes}, but {shift_mm:.1f} mm between the corners. "
-            "Resample it to the image's grid (nearest neighbour) or repair its header."
-        )
+def _read_mask(path, image):
+    mask = read_volume(path)
+    check_same_grid(image, mask)
     return mask.values > 0
 
 
 def _brain_of_stripped(image, scan):
     brain, n_negative = image.values > 0, np.count_nonzero(image.values < 0)
-    litres = np.count_nonzero(brain) * image.voxel_mm.prod() / 1e6
+    litres = np.count_nonzero(brain) * np.prod(image.spacing_mm) / 1e6
     background = 1 - brain.mean()
-    if not is_stripped(image.values, np.diag([*image.voxel_mm, 1.0])):
+    if not is_stripped(image.values, image.affine):
         raise ValueError(
             f"brain_mask must be given unless the image is skull-stripped, got None for {_name(scan)}, whose "
             f"image is above 0 in {litres:.2f} litres, below 0 in {n_negative} voxels and has "

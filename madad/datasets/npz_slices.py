@@ -104,15 +104,15 @@ def crop_to_brain(data, shape):
     Parameters
     ----------
     data : Bunch
-        As from `load_slices` or `make_brain_slices`; arrays with the axes of `images` are cropped, the others
-        kept.
+        What `load_slices` or `make_brain_slices` returned; arrays with the axes of `images` are cropped, the
+        others kept.
     shape : tuple of int
         Height and width of the window in pixels. The middle of the brain's bounding box goes to its centre.
 
     Returns
     -------
     sklearn.utils.Bunch
-        A new one.
+        The same entries, the cropped arrays of shape (n, *shape).
 
     Raises
     ------
@@ -173,9 +173,8 @@ def _read(path, image):
         arrays["modality"] = image.removeprefix("image_").upper()
     elif arrays["modality"] is not None:
         arrays["modality"] = str(arrays["modality"])
-    if (
-        arrays["spacing_mm"] is not None
-    ):  # one number for both directions, or rows, columns and perhaps slices
+    if arrays["spacing_mm"] is not None:
+        # One number for both directions, or rows, columns and perhaps slices.
         arrays["spacing_mm"] = tuple(np.resize(arrays["spacing_mm"], 2).tolist())
     return arrays
 
@@ -207,7 +206,20 @@ def _select(z_frac, z_range):
 
 
 def check_range_is_known(center, dtype):
-    """Raise ValueError if images of `dtype` cannot be divided by 255, as ``center=None`` asks."""
+    """Raise ValueError where ``center=None`` asks to divide by 255 what is not 8-bit.
+
+    Parameters
+    ----------
+    center : {"median", "mode"} or None
+        What scales a subject, as in `load_slices`.
+    dtype : numpy.dtype
+        Type of the numbers in the file.
+
+    Raises
+    ------
+    ValueError
+        If `center` is None and `dtype` is not uint8.
+    """
     if center is None and dtype != np.uint8:
         raise ValueError(
             f"center must be 'median' or 'mode' unless images are uint8, got None with {dtype}. "
@@ -216,7 +228,26 @@ def check_range_is_known(center, dtype):
 
 
 def scale_slices(images, brain_masks, *, subject, center, target):
-    """Bring slices (n, h, w) of one subject to 0..1 at full resolution, as `load_slices` describes."""
+    """Bring slices of one subject to 0..1 at full resolution.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, h, w)
+        Slices in the unit of the file.
+    brain_masks : ndarray of shape (n, h, w), bool
+        True = brain, on the grid of the images.
+    subject : str
+        Whose slices they are, for error messages.
+    center : {"median", "mode"} or None
+        The centre of intensities that goes to `target`. None divides by 255.
+    target : float
+        Where the centre goes, above 0 and below 1.
+
+    Returns
+    -------
+    ndarray of shape (n, h, w), float32
+        In 0..1; 0 outside the brain.
+    """
     if center is None:
         return np.where(brain_masks, images / np.float32(255), 0)
     subjects = np.full(len(images), subject)
@@ -228,6 +259,26 @@ class Grid:
 
     Padding, cropping and resampling are one operation. New pixels are square in millimetres, or in pixels of
     the file where its spacing is unknown: nothing is stretched.
+
+    Parameters
+    ----------
+    old_shape : tuple of int (h, w)
+        Size of the file's slices in pixels.
+    shape : tuple of int (H, W)
+        Size of the new slices in pixels.
+    scales : tuple of 2 floats
+        Height and width of a new pixel in pixels of the file.
+    spacing_mm : tuple of 2 floats or None
+        Height and width of a new pixel in mm. None: not known.
+
+    Attributes
+    ----------
+    old_shape, shape, scales, spacing_mm
+        The parameters of the same names.
+    positions : list of 2 ndarrays
+        Where new rows and columns lie, counted in pixels of the file from the middle of the first.
+    weights : list of 2 ndarrays
+        Weights of the file's rows in new ones, (H, h), and of its columns, (W, w).
     """
 
     def __init__(self, old_shape, shape, scales, spacing_mm):
@@ -240,7 +291,30 @@ class Grid:
 
     @classmethod
     def choose(cls, old_shape, old_spacing_mm, size, spacing_mm):
-        """Build the grid that `load_slices` describes for `size` and `spacing_mm`."""
+        """Build the grid that `load_slices` describes.
+
+        Parameters
+        ----------
+        old_shape : tuple of int (h, w)
+            Size of the file's slices in pixels.
+        old_spacing_mm : sequence of 2 floats or None
+            Height and width of the file's pixels in mm. None: not known.
+        size : int or None
+            Height and width of the result in pixels, above 0. None keeps the extent of the file.
+        spacing_mm : float or None
+            Pixel size of the result in mm, above 0. None keeps the file's where there is no `size`.
+
+        Returns
+        -------
+        Grid
+            Centred on the middle of the file's slices.
+
+        Raises
+        ------
+        ValueError
+            If `size` or `spacing_mm` is out of its range, or `spacing_mm` is given and that of the file is
+            not known.
+        """
         if size is not None and not (isinstance(size, numbers.Integral) and size > 0):
             raise ValueError(f"size must be a positive integer, got {size!r}. None keeps the file's grid.")
         if spacing_mm is not None and not spacing_mm > 0:
@@ -265,7 +339,13 @@ class Grid:
         return cls(old_shape, shape, scales, spacing_mm)
 
     def check_holds(self, brain_masks):
-        """Raise ValueError if the grid leaves brain pixels outside."""
+        """Raise ValueError if the grid leaves brain pixels outside.
+
+        Parameters
+        ----------
+        brain_masks : ndarray of shape (n, h, w), bool
+            True = brain, on the grid of the file.
+        """
         lost, needed = False, 0
         axes = zip((2, 1), self.old_shape, self.positions, self.scales, strict=True)
         for other_axis, old, positions, scale in axes:
@@ -282,14 +362,40 @@ class Grid:
             )
 
     def resample_brain(self, images, brain_masks):
-        """Average images (n, h, w) over the brain part of each new pixel; return them with the new masks."""
+        """Average images over the brain part of each new pixel.
+
+        Parameters
+        ----------
+        images : ndarray of shape (n, h, w)
+            Slices in 0..1 on the grid of the file.
+        brain_masks : ndarray of shape (n, h, w), bool
+            True = brain, on the grid of the file.
+
+        Returns
+        -------
+        images : ndarray of shape (n, H, W), float32
+            In 0..1; 0 outside the brain, `FOREGROUND_FLOOR` or more inside.
+        brain_masks : ndarray of shape (n, H, W), bool
+            The masks by `resample_labels`.
+        """
         new_masks = self.resample_labels(brain_masks)
         share = self._average(brain_masks.astype(np.float32))
         averaged = self._average(images.astype(np.float32, copy=False)) / np.maximum(share, 1e-6)
         return np.where(new_masks, averaged.clip(FOREGROUND_FLOOR, 1), 0).astype(np.float32), new_masks
 
     def resample_labels(self, masks):
-        """Take the nearest pixel of bool masks (n, h, w), False outside."""
+        """Take the nearest pixel of masks.
+
+        Parameters
+        ----------
+        masks : ndarray of shape (n, h, w), bool
+            Masks on the grid of the file.
+
+        Returns
+        -------
+        ndarray of shape (n, H, W), bool
+            The masks on the new grid; False outside that of the file.
+        """
         nearest = [np.floor(positions + 0.5).astype(int) for positions in self.positions]
         rows, columns = (index.clip(0, n - 1) for index, n in zip(nearest, self.old_shape, strict=True))
         inside = (rows == nearest[0])[:, None] & (columns == nearest[1])

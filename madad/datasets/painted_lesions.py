@@ -18,7 +18,7 @@ def paint_lesion(image, brain_mask, rng, *, radius_px, mass_effect=False):
     image : ndarray of shape (height, width)
         Healthy slice in 0..1 with background 0 and brain median near 0.4.
     brain_mask : ndarray of shape (height, width), bool
-        True = brain.
+        True = brain, of the same slice.
     rng : numpy.random.Generator
         Draws place, shape, grey level and texture.
     radius_px : float
@@ -75,14 +75,14 @@ def smooth_noise(rng, shape, length_px):
         Draws one value per knot. The number of knots depends on ``shape / length_px`` only: drawn at twice
         the resolution and twice the length, the field is the same.
     shape : tuple of int
-        Height and width.
+        Height and width of the field in pixels.
     length_px : float
-        Standard deviation of the Gaussian bumps that the field is a sum of.
+        Standard deviation in pixels, above 0, of the Gaussian bumps that the field is a sum of.
 
     Returns
     -------
-    ndarray of shape (height, width)
-        The field.
+    ndarray of shape (height, width), float64
+        The field, of mean 0 and variance 1 over many draws.
     """
     rows, columns = (_bump_basis(n, length_px) for n in shape)
     return rows @ rng.standard_normal((rows.shape[1], columns.shape[1])) @ columns.T

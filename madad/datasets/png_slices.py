@@ -23,7 +23,7 @@ def load_png_slices(root, *, modality, size=None, center="median", target=0.4):
         same size; optionally ``{id}-slice_{k}-segmentation.png`` for all or for none. 8-bit grey; any value
         above 0 in a mask counts. Folders inside are not searched.
     modality : str
-        As in the file names, for example "T1"; upper or lower case.
+        The kind of image in the file names, for example "T1"; upper or lower case.
     size : int, default=None
         Height and width of the result in pixels: padded to a square and resampled as in `load_slices`. None
         keeps the extent of the files, which must be the same for all.
@@ -35,8 +35,8 @@ def load_png_slices(root, *, modality, size=None, center="median", target=0.4):
     Returns
     -------
     sklearn.utils.Bunch
-        As from `load_slices`, by subject (the ``id``) and then by slice; `z_frac` and `spacing_mm` are None,
-        and `z_index` (n,) int is the ``k`` of the file names. Slices lie as they are stored.
+        The arrays of `load_slices`, by subject (the ``id``) and then by slice; `z_frac` and `spacing_mm` are
+        None, and `z_index` (n,) int is the ``k`` of the file names. Slices lie as they are stored.
 
     Raises
     ------

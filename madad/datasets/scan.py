@@ -14,7 +14,7 @@ class Scan:
     Attributes
     ----------
     subject : str
-        Person: what data are split by.
+        Name of the person, letters and digits: what data are split by.
     images : mapping of str to Path
         Contrast ("T1", "T1CE", "T2", "PD", "FLAIR") to NIfTI file.
     lesion_mask : Path, default=None
@@ -22,7 +22,7 @@ class Scan:
     brain_mask : Path, default=None
         Labels; any value above 0 is brain. None: the images are skull-stripped, or cannot be read yet.
     session : str, default=None
-        Which of several visits.
+        Name of the visit, letters and digits. None: there is one alone.
     """
 
     subject: str
@@ -33,5 +33,16 @@ class Scan:
 
 
 def scan_name(scan):
-    """Name a scan as BIDS does: ``sub-01``, or ``sub-01_ses-2``."""
+    """Name a scan as BIDS does.
+
+    Parameters
+    ----------
+    scan : Scan
+        Whose `subject` and `session` make the name.
+
+    Returns
+    -------
+    str
+        ``sub-01``, or with a session ``sub-01_ses-2``.
+    """
     return f"sub-{scan.subject}" + (f"_ses-{scan.session}" if scan.session else "")

@@ -52,7 +52,7 @@ def make_brain_slices(
     lesions : float, default=0.0
         Fraction of the slices that carry one lesion, in 0..1; ``round(lesions * n_samples)`` of them do.
     contrast : {"T1", "T2", "FLAIR"}, default="T1"
-        Which weighting to imitate.
+        The weighting whose grey levels are imitated.
     lesion_radius : tuple of float, default=(0.055, 0.095)
         Smallest and largest mean radius as a fraction of `size`, in 0..0.15 (0.1 is 21 mm).
     mass_effect : bool, default=False

@@ -60,8 +60,21 @@ def ratio_interval(
 ) -> tuple[float, float]:
     """Bootstrap interval, 95 %, of the ratio of two sums over slices, such as a pooled Dice.
 
-    ``numerators`` and ``denominators`` (n,), ``codes`` (n,) from `subject_codes`; only the subjects given are
-    drawn from. (NaN, NaN) with fewer than two.
+    Parameters
+    ----------
+    numerators, denominators : ndarray of shape (n,)
+        What each slice adds to the two sums.
+    codes : ndarray of shape (n,), int
+        Subject of each slice, from `subject_codes`; only the subjects given are drawn from.
+    random_state : int, RandomState instance or None
+        Seed of the draws.
+    n_resamples : int, default=2000
+        Number of bootstrap samples, at least 1.
+
+    Returns
+    -------
+    (low, high) : tuple of float
+        (NaN, NaN) with fewer than two subjects.
     """
     codes = np.unique(codes, return_inverse=True)[1]
     sums = np.stack([np.bincount(codes, weights=values) for values in (numerators, denominators)])
@@ -76,11 +89,25 @@ def auprc_interval(
     random_state: Any,
     n_resamples: int = 200,
 ) -> tuple[float, float]:
-    """Bootstrap interval, 95 %, of the AUPRC; (NaN, NaN) with fewer than two subjects.
+    """Bootstrap interval, 95 %, of the AUPRC.
 
-    ``counts`` has of some images after the other the `subject_codes` (m,), and how many lesion pixels and how
-    many pixels of all reach each of the thresholds, which descend: two arrays (m, n_levels). A resample is
-    the sum of its subjects' counts.
+    Parameters
+    ----------
+    counts : iterable of (ndarray (m,), ndarray (m, n_levels), ndarray (m, n_levels))
+        For one block of images after the other their `subject_codes`, and how many lesion pixels and how many
+        pixels of all reach each of the thresholds, which descend. A resample is the sum of its subjects'
+        counts.
+    n_subjects : int
+        Number of subjects in all images.
+    random_state : int, RandomState instance or None
+        Seed of the draws.
+    n_resamples : int, default=200
+        Number of bootstrap samples, at least 1.
+
+    Returns
+    -------
+    (low, high) : tuple of float
+        (NaN, NaN) with fewer than two subjects.
     """
     if n_subjects < 2:
         return float("nan"), float("nan")
@@ -96,7 +123,25 @@ def auprc_interval(
 
 
 def subject_codes(subjects: ArrayLike | None, n: int) -> NDArray:
-    """Subjects numbered 0, 1, ...; (n,)."""
+    """Number the subjects 0, 1, ...
+
+    Parameters
+    ----------
+    subjects : array-like of shape (n,) or None
+        Subject of each slice. None: each slice is a subject.
+    n : int
+        Number of slices.
+
+    Returns
+    -------
+    ndarray of shape (n,), int
+        Number of each slice's subject.
+
+    Raises
+    ------
+    ValueError
+        If there are not n labels.
+    """
     labels = np.arange(n) if subjects is None else np.asarray(subjects)
     if labels.shape != (n,):
         raise ValueError(f"subjects must have shape ({n},), got {labels.shape}. Pass one label per slice.")

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from madad.mri.nifti import read_volume
 from madad.mri.registration import mni_template, register_affine
 from madad.mri.resampling import check_brain_mask, check_volume, largest_part, resample_mask, to_isotropic
 
@@ -22,7 +23,7 @@ MAX_BRAIN_LITRES = 2.5
 """Largest volume of a mask that can be a brain alone; a head has more than 3 litres."""
 
 
-def find_brain(values, affine, *, given=None, method="auto"):
+def find_brain(values, affine, *, brain_mask=None, method="auto"):
     """Return where the brain is and how that was found.
 
     Parameters
@@ -31,10 +32,10 @@ def find_brain(values, affine, *, given=None, method="auto"):
         Intensities in any unit in which air is lowest.
     affine : array-like of shape (4, 4)
         Voxel indices to world mm (right, anterior, superior).
-    given : array-like of shape (X, Y, Z), default=None
-        A mask, non-zero inside the brain. It is returned as it is.
+    brain_mask : array-like of shape (X, Y, Z), default=None
+        A mask that is known, non-zero inside the brain. It is returned as it is. None: it is looked for.
     method : {"auto", "stripped", "deepbet", "template", "hd-bet", "synthstrip"}, default="auto"
-        "auto" takes `given`, or else the first of the next three that works. "stripped": the
+        "auto" takes `brain_mask`, or else the first of the next three that works. "stripped": the
         voxels above 0 of a volume whose skull is removed. "deepbet": a network for T1-weighted heads.
         "template": the MNI152 brain after registration, fitted to the volume's own border of the brain.
         "hd-bet", "synthstrip": the commands ``hd-bet`` (version 2) and ``mri_synthstrip``, if installed.
@@ -42,7 +43,7 @@ def find_brain(values, affine, *, given=None, method="auto"):
     Returns
     -------
     brain_mask : ndarray of shape (X, Y, Z), bool
-        True = brain with the fluid in and around it. Unless given: one component without holes.
+        True = brain with the fluid in and around it. Where it was looked for: one component without holes.
     made_by : str
         "given" or the method that made it.
 
@@ -57,10 +58,14 @@ def find_brain(values, affine, *, given=None, method="auto"):
         litres is found.
     """
     if method != "auto" and method not in _METHODS:
-        raise ValueError(f"method must be 'auto' or one of {list(_METHODS)}, got {method!r}. Use 'auto'.")
+        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}. Use 'auto'.")
     values, affine = check_volume(values, affine)
-    if given is not None:
-        return _check_given(given, values, method), "given"
+    if brain_mask is not None:
+        if method != "auto":
+            raise ValueError(
+                f"method must be 'auto' with a brain_mask, got {method!r}. Leave out one of the two."
+            )
+        return check_brain_mask(brain_mask, values), "given"
     litres = {}
     for name in _AUTO if method == "auto" else (method,):
         try:
@@ -85,7 +90,7 @@ def is_stripped(values, affine):
     Parameters
     ----------
     values : array-like of shape (X, Y, Z)
-        Intensities.
+        Intensities in any unit, with air at 0 where the skull is removed.
     affine : array-like of shape (4, 4)
         Voxel indices to world mm.
 
@@ -117,14 +122,6 @@ def clean_mask(mask):
         One component, connected by faces; a hole is what the outside does not reach through faces.
     """
     return ndimage.binary_fill_holes(largest_part(mask))
-
-
-def _check_given(given, values, method):
-    if method != "auto":
-        raise ValueError(
-            f"method must be 'auto' with a given mask, got {method!r}. Leave out one of the two."
-        )
-    return check_brain_mask(given, values, name="given")
 
 
 def _from_background(values, affine):
@@ -219,7 +216,8 @@ def _from_command(values, affine, command, mask_name):
                 f"{command[0]} must end with a mask, got exit status {ran.returncode}: {last}. "
                 "Run it by hand, or use method='auto'."
             )
-        mask = np.asarray(nib.load(mask_file).dataobj) > 0
+        mask = read_volume(mask_file)
+        mask = mask.in_file_order(mask.values > 0)
     if mask.shape != values.shape:
         raise ChildProcessError(
             f"{command[0]} must return a mask of shape {values.shape}, got {mask.shape}. Use method='auto'."
@@ -235,3 +233,5 @@ _METHODS = {
     "synthstrip": _from_synthstrip,
 }
 _AUTO = ("stripped", "deepbet", "template")
+METHODS = ("auto", *_METHODS)
+"""How `find_brain` can be told to find the brain."""

@@ -31,9 +31,9 @@ class HealthyIntensities:
     Attributes
     ----------
     n : int
-        Volumes.
+        Number of volumes taken in.
     deciles : ndarray of shape (9,)
-        Mean over volumes of the deciles inside the brain.
+        Mean over volumes of the deciles inside the brain, in the unit of the volumes.
     total, count : ndarray of shape (x, y, z)
         Sum of the means of cubes of the template that are all brain, and in how many volumes they are. Empty
         where volumes stay on their own grids.
@@ -50,7 +50,8 @@ class HealthyIntensities:
         Parameters
         ----------
         volume : PreprocessedVolume
-        in_template : bool
+            A volume without lesion, of the contrast and on the scale of the others.
+        in_template : bool, default=True
             False: its registration, if any, is to another contrast on a grid of its own.
         """
         values = volume.volume.values
@@ -66,6 +67,11 @@ class HealthyIntensities:
 
     def tissue_contrast(self, volume: PreprocessedVolume):
         """How well the tissue that is light in healthy brains stands out in this one.
+
+        Parameters
+        ----------
+        volume : PreprocessedVolume
+            The volume to judge, prepared as the healthy ones were.
 
         Returns
         -------
@@ -94,12 +100,29 @@ class HealthyIntensities:
         return difference(means) / expected if expected > 0 else None
 
     def to_arrays(self):
-        """All of it as arrays by name, for a tensor file."""
+        """Return all of it for a tensor file.
+
+        Returns
+        -------
+        dict of str to ndarray
+            The attributes by name.
+        """
         return {"n": np.asarray(self.n), "deciles": self.deciles, "total": self.total, "count": self.count}
 
     @classmethod
     def from_arrays(cls, arrays):
-        """What `to_arrays` gave."""
+        """Rebuild it from what `to_arrays` gave.
+
+        Parameters
+        ----------
+        arrays : mapping of str to ndarray
+            The attributes by name.
+
+        Returns
+        -------
+        HealthyIntensities
+            The same as the one whose `to_arrays` was called.
+        """
         return cls(int(arrays["n"]), arrays["deciles"], arrays["total"], arrays["count"])
 
 

@@ -21,7 +21,7 @@ def normalize_intensity(images, brain_masks, *, subjects=None, center="median", 
     subjects : array-like of shape (n_samples,), default=None
         Slices that share a value share one scale. None: each slice has its own.
     center : {"median", "mode"}, default="median"
-        Which centre of the intensities inside the brain is mapped to `target`. The mode (highest peak of a
+        The centre of the intensities inside the brain that is mapped to `target`. The mode (highest peak of a
         smoothed histogram) follows one tissue; the median follows how much there is of each.
     target : float, default=0.4
         Where the centre goes, above 0 and below 1. At 0.4 the brain's brightest healthy tissue is below 1.
@@ -72,9 +72,9 @@ def robust_center(values, *, center="median", subject=None):
     values : ndarray of shape (n_pixels,)
         Intensities inside one subject's brain.
     center : {"median", "mode"}, default="median"
-        See `normalize_intensity`.
+        The middle of the values, or the highest peak of their smoothed histogram.
     subject : object, default=None
-        Named in error messages.
+        Whose values these are, for error messages.
 
     Returns
     -------
@@ -193,10 +193,6 @@ def correct_bias(values, affine, brain_mask, *, grid_mm=4.0):
     return (values / np.exp(log_field)).astype(np.float32)
 
 
-LANDMARKS = np.linspace(0.1, 0.9, 9)
-"""Shares of the brain's voxels that `brain_deciles` has a value for: above, lesions bend the quantiles."""
-
-
 def brain_deciles(values, brain_mask):
     """Return the nine deciles of the intensities inside a brain.
 
@@ -210,8 +206,7 @@ def brain_deciles(values, brain_mask):
     Returns
     -------
     ndarray of shape (9,)
-        10 % to 90 %, ascending. A cohort's reference for `match_deciles` is the mean over its volumes, after
-        all have been brought to one scale (their median to 0.4, as in `normalize_intensity`).
+        The deciles from 10 % to 90 %, ascending, in the unit of `values`.
 
     Raises
     ------
@@ -225,55 +220,7 @@ def brain_deciles(values, brain_mask):
             "values must be finite inside the brain, got NaN or infinity. "
             "Replace them, for example with numpy.nan_to_num."
         )
-    return np.quantile(inside.astype(np.float64), LANDMARKS)
-
-
-def match_deciles(values, brain_mask, reference):
-    """Bend the intensities of a brain so that its deciles are those of a cohort.
-
-    Parameters
-    ----------
-    values : array-like of shape (X, Y, Z)
-        Intensities in any unit.
-    brain_mask : array-like of shape (X, Y, Z)
-        Non-zero inside the brain.
-    reference : array-like of shape (9,)
-        The cohort's deciles, rising: the mean of `brain_deciles` over its volumes.
-
-    Returns
-    -------
-    ndarray of shape (X, Y, Z), float32
-        0 outside the brain; inside, `values` mapped by straight lines from decile to decile, and beyond the
-        first and the last by the slope between these two.
-
-    Raises
-    ------
-    ValueError
-        As `brain_deciles`, or if `reference` does not rise or the brain is constant.
-
-    Notes
-    -----
-    Landmarks as of Nyul et al., "New variants of a method of MRI scale standardization", IEEE Trans. Medical
-    Imaging 19 (2000), without those at the ends. A lesion that fills a tenth of the brain or more does move
-    the deciles: the method suits cohorts with small lesions.
-    """
-    reference = np.asarray(reference, dtype=np.float64)
-    if reference.shape != LANDMARKS.shape or not (np.diff(reference) > 0).all():
-        raise ValueError(
-            f"reference must be {len(LANDMARKS)} rising numbers, got {reference.tolist()}. "
-            "Take the mean of brain_deciles over the training volumes."
-        )
-    deciles = brain_deciles(values, brain_mask)
-    own, kept = np.unique(deciles, return_index=True)  # few grey levels make some deciles equal
-    if len(own) < 2:
-        raise ValueError(f"values must vary inside the brain, got {own[0]:g} at all deciles. Check the mask.")
-    goal, slope = reference[kept], (reference[-1] - reference[0]) / (own[-1] - own[0])
-    values, brain = np.asarray(values), np.asarray(brain_mask) > 0
-    inside = values[brain].astype(np.float64)
-    beyond = np.minimum(inside - own[0], 0) + np.maximum(inside - own[-1], 0)
-    matched = np.zeros(values.shape, dtype=np.float32)
-    matched[brain] = np.interp(inside, own, goal) + slope * beyond
-    return matched
+    return np.quantile(inside.astype(np.float64), np.linspace(0.1, 0.9, 9))
 
 
 def check_images_and_masks(images, brain_masks):

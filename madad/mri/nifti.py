@@ -34,13 +34,15 @@ class Volume:
     affine : ndarray of shape (4, 4), float64
         Index into `values` to world coordinates in mm.
     header : nibabel.Nifti1Header
-        Of the file, unchanged; a NIfTI-2 or pair header where the file has one.
+        The file's header, unchanged; a NIfTI-2 or pair header where the file has one.
     orientation : ndarray of shape (3, 2)
         How the file's axes were brought to those of `values`, as nibabel's ``apply_orientation`` takes it.
     path : Path or None
         The file; None for an image made in memory.
     n_not_finite : int
         How many voxels were NaN or infinite and are 0 in `values`.
+    stored_dtype : numpy.dtype
+        Type of the file's numbers; float64 where a slope or an intercept changes them.
 
     Notes
     -----
@@ -53,21 +55,40 @@ class Volume:
     orientation: np.ndarray
     path: Path | None = None
     n_not_finite: int = 0
+    stored_dtype: np.dtype = np.dtype(np.float32)
 
     @property
     def shape(self):
-        """Number of voxels to the right, to the front and up."""
+        """Number of voxels to the right, to the front and up: three int."""
         return self.values.shape
 
     @property
     def spacing_mm(self):
-        """Distance between voxels to the right, to the front and up."""
+        """Distance in mm between voxels to the right, to the front and up: three float."""
         return tuple(float(mm) for mm in nib.affines.voxel_sizes(self.affine))
 
     @property
     def name(self):
         """The file's path, for messages."""
         return "an image in memory" if self.path is None else str(self.path)
+
+    def in_file_order(self, values):
+        """Turn an array on the canonical grid so that its axes are those of the file.
+
+        Parameters
+        ----------
+        values : ndarray of shape (X, Y, Z)
+            On the canonical grid, as `values` of the volume.
+
+        Returns
+        -------
+        ndarray of three dimensions
+            The same voxels in the order in which the file stores them.
+        """
+        canonical = orientations.axcodes2ornt("RAS")
+        return orientations.apply_orientation(
+            values, orientations.ornt_transform(canonical, self.orientation)
+        )
 
 
 def read_volume(image):
@@ -76,13 +97,14 @@ def read_volume(image):
     Parameters
     ----------
     image : str, os.PathLike, nibabel NIfTI image or Volume
-        ``.nii`` or ``.hdr``/``.img``, also compressed; NIfTI-1 or -2; of three dimensions, or more if the
-        others have length 1. A `Volume` is returned as it is.
+        A file, ``.nii`` or ``.hdr``/``.img``, also compressed; NIfTI-1 or -2; of three dimensions, or more if
+        the others have length 1. A `Volume` is returned as it is.
 
     Returns
     -------
     Volume
-        Shares no memory with `image` and needs its file no more.
+        The volume in closest-canonical orientation; it shares no memory with `image` and needs its file no
+        more.
 
     Raises
     ------
@@ -129,7 +151,13 @@ def read_volume(image):
     values = np.array(values, dtype=np.float32, order="C")
     n_not_finite = _replace_not_finite(values, where)
     affine = image.affine @ orientations.inv_ornt_aff(orientation, image.shape[:3])
-    return Volume(values, affine, image.header.copy(), orientation, path, n_not_finite)
+    dtype = _stored_dtype(image.dataobj)
+    return Volume(values, affine, image.header.copy(), orientation, path, n_not_finite, dtype)
+
+
+def _stored_dtype(dataobj):
+    is_array = isinstance(dataobj, np.ndarray)  # of an image in memory, which has no slope
+    return dataobj.dtype if is_array or (dataobj.slope, dataobj.inter) == (1, 0) else np.dtype(np.float64)
 
 
 def _open(path):
@@ -223,11 +251,11 @@ def write_like(path, values, volume, *, dtype=np.float32):
     Parameters
     ----------
     path : str or os.PathLike
-        Ends in ``.nii`` or ``.nii.gz``. An existing file is replaced.
+        File to write; ends in ``.nii`` or ``.nii.gz``. An existing file is replaced.
     values : array-like of shape (X, Y, Z)
-        On the canonical grid of `volume`; finite.
+        What to write, on the canonical grid of `volume`; finite.
     volume : Volume
-        As read from the original file.
+        The volume as it was read from the original file.
     dtype : dtype, default=numpy.float32
         How numbers are stored: float32 for maps, uint8 for masks. Integers must hold `values` exactly.
 
@@ -276,10 +304,7 @@ def _image_on_original_grid(values, volume, dtype):
             f"values must be whole numbers that fit dtype, got {values.min():g} to {values.max():g} for "
             f"{dtype}. Use float32."
         )
-    canonical = orientations.axcodes2ornt("RAS")
-    back = orientations.ornt_transform(canonical, volume.orientation)
-    shape = volume.header.get_data_shape()
-    stored = orientations.apply_orientation(stored, back).reshape(shape)
+    stored = volume.in_file_order(stored).reshape(volume.header.get_data_shape())
 
     is_second = isinstance(volume.header, nib.Nifti2Header)
     header_type, image_type = (
@@ -301,13 +326,15 @@ def same_grid(a, b, tolerance_mm=None):
     Parameters
     ----------
     a, b : Volume
-        In any order of axes in their files.
+        Two volumes, whatever the order of axes in their files.
     tolerance_mm : float, default=None
-        How far a voxel of one may lie from that of the other. None: half the smallest edge of a voxel of `a`.
+        How far in mm a voxel of one may lie from that of the other, from 0. None: half the smallest edge of
+        a voxel of `a`.
 
     Returns
     -------
     bool
+        True if the shapes are equal and no corner is further off than `tolerance_mm`.
     """
     return a.shape == b.shape and _shift_mm(a, b) <= _tolerance(a, tolerance_mm)
 
@@ -317,8 +344,15 @@ def check_same_grid(a, b, tolerance_mm=None):
 
     Parameters
     ----------
-    a, b, tolerance_mm
-        As in `same_grid`.
+    a, b : Volume
+        Two volumes, as in `same_grid`.
+    tolerance_mm : float, default=None
+        How far in mm voxels may lie apart, as in `same_grid`.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, or corners lie further apart than `tolerance_mm`.
     """
     if same_grid(a, b, tolerance_mm):
         return

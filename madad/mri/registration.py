@@ -34,7 +34,7 @@ class Template:
     values : ndarray of shape (X, Y, Z), float32
         Intensities in any unit; those outside the brain are not used.
     brain_mask : ndarray of shape (X, Y, Z), bool
-        True = brain.
+        True = brain, with the fluid in and around it.
     affine : ndarray of shape (4, 4)
         Voxel indices to world mm (right, anterior, superior).
     """
@@ -65,18 +65,24 @@ class AffineRegistration:
 
     @property
     def is_poor(self):
-        """Whether to look at it before use: overlap below 0.92 or similarity below 0.05."""
+        """Whether to look at it before use: a bool; overlap below 0.92 or similarity below 0.05."""
         return self.similarity < MIN_SIMILARITY or (self.overlap is not None and self.overlap < MIN_OVERLAP)
 
 
-@lru_cache(maxsize=1)
-def mni_template():
-    """Return the ICBM152 2009 brain at 1 mm that nilearn ships; nothing is downloaded.
+def read_template(part):
+    """Read a part of the ICBM152 2009 template at 1 mm, which nilearn ships; nothing is downloaded.
+
+    Parameters
+    ----------
+    part : {"t1", "grey", "white", "brain"}
+        The T1-weighted brain, the probability of grey or of white matter, or the brain mask.
 
     Returns
     -------
-    Template
-        Of shape (197, 233, 189). Read-only and the same object at each call.
+    values : ndarray of shape (197, 233, 189), float32
+        In 0..1; the axes point to the right, to the front and up.
+    affine : ndarray of shape (4, 4)
+        Voxel indices to MNI mm.
 
     Raises
     ------
@@ -93,12 +99,35 @@ def mni_template():
         raise ImportError(
             'The brain template must come from nilearn, got no nilearn. Install it: pip install "madad[mri]".'
         ) from error
-    image = datasets.load_mni152_template(resolution=1)
-    values = image.get_fdata(dtype=np.float32)
-    brain_mask = datasets.load_mni152_brain_mask(resolution=1).get_fdata() > 0
+    load = {
+        "t1": datasets.load_mni152_template,
+        "grey": datasets.load_mni152_gm_template,
+        "white": datasets.load_mni152_wm_template,
+        "brain": datasets.load_mni152_brain_mask,
+    }[part]
+    image = load(resolution=1)
+    return image.get_fdata(dtype=np.float32), image.affine
+
+
+@lru_cache(maxsize=1)
+def mni_template():
+    """Return the brain of `read_template` to register to.
+
+    Returns
+    -------
+    Template
+        A brain of shape (197, 233, 189). Its arrays are read-only; the same object at each call.
+
+    Raises
+    ------
+    ImportError
+        If nilearn is not installed.
+    """
+    values, affine = read_template("t1")
+    brain_mask = read_template("brain")[0] > 0
     for array in (values, brain_mask):
         array.flags.writeable = False
-    return Template(values, brain_mask, image.affine)
+    return Template(values, brain_mask, affine)
 
 
 def register_affine(values, affine, brain_mask=None, *, template=None):
@@ -119,7 +148,7 @@ def register_affine(values, affine, brain_mask=None, *, template=None):
     Returns
     -------
     AffineRegistration
-        The same at each call, on any number of threads.
+        Where the volume lies in the template; the same at each call, on any number of threads.
 
     Raises
     ------

@@ -16,16 +16,16 @@ def check_volume(values, affine):
     Parameters
     ----------
     values : array-like of shape (X, Y, Z)
-        Intensities.
+        Intensities in any unit.
     affine : array-like of shape (4, 4)
         Voxel indices to world mm.
 
     Returns
     -------
     values : ndarray of shape (X, Y, Z), float32
-        Finite and not constant.
+        The intensities, finite and not constant.
     affine : ndarray of shape (4, 4)
-        Finite and invertible.
+        The affine in float64, finite and invertible.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def check_volume(values, affine):
     return values, _check_affine(affine, "affine")
 
 
-def check_brain_mask(brain_mask, values, name="brain_mask"):
+def check_brain_mask(brain_mask, values):
     """Return a mask as bool, or say what is wrong with it.
 
     Parameters
@@ -56,13 +56,11 @@ def check_brain_mask(brain_mask, values, name="brain_mask"):
         Non-zero inside the brain.
     values : ndarray of shape (X, Y, Z)
         The volume it belongs to.
-    name : str, default="brain_mask"
-        What messages call it.
 
     Returns
     -------
     ndarray of shape (X, Y, Z), bool
-        Not empty.
+        True = brain, in at least one voxel.
 
     Raises
     ------
@@ -72,11 +70,11 @@ def check_brain_mask(brain_mask, values, name="brain_mask"):
     brain = np.asarray(brain_mask) > 0
     if brain.shape != values.shape:
         raise ValueError(
-            f"{name} must have the shape of values, got {brain.shape} and {values.shape}. "
+            f"brain_mask must have the shape of values, got {brain.shape} and {values.shape}. "
             "Resample it to the volume's grid."
         )
     if not brain.any():
-        raise ValueError(f"{name} must have a brain voxel, got none. Repair it, or use find_brain.")
+        raise ValueError("brain_mask must have a brain voxel, got none. Repair it, or use find_brain.")
     return brain
 
 
@@ -86,7 +84,7 @@ def resample_to(values, affine, target_shape, target_affine, matrix=None, *, ord
     Parameters
     ----------
     values : array-like of shape (X, Y, Z)
-        Intensities or labels.
+        Intensities in any unit, or labels.
     affine : array-like of shape (4, 4)
         Voxel indices of `values` to its world mm.
     target_shape : tuple of int
@@ -137,9 +135,15 @@ def resample_mask(mask, affine, target_shape, target_affine, matrix=None):
     Parameters
     ----------
     mask : array-like of shape (X, Y, Z)
-        Non-zero inside.
-    affine, target_shape, target_affine, matrix
-        As in `resample_to`.
+        Values above 0 are inside.
+    affine : array-like of shape (4, 4)
+        Voxel indices of `mask` to its world mm.
+    target_shape : tuple of int
+        Shape of the result.
+    target_affine : array-like of shape (4, 4)
+        Voxel indices of the result to its world mm.
+    matrix : array-like of shape (4, 4), default=None
+        World of `mask` to the world of the result, as in `resample_to`. None: they are the same world.
 
     Returns
     -------
@@ -156,22 +160,22 @@ def to_isotropic(values, affine, region, spacing_mm, *, margin_mm=0):
     Parameters
     ----------
     values : ndarray of shape (X, Y, Z), float32
-        Intensities.
+        Intensities in any unit.
     affine : ndarray of shape (4, 4)
         Voxel indices to world mm.
     region : ndarray of shape (X, Y, Z), bool
         What to keep; not empty.
     spacing_mm : float
-        Edge of a cube. Finer volumes are smoothed to it first.
+        Edge of a cube in mm, above 0. Finer volumes are smoothed to it first.
     margin_mm : float, default=0
-        Added on all sides of the box; 0 outside `values`.
+        Added in mm on all sides of the box, from 0; the result is 0 outside `values`.
 
     Returns
     -------
     cubes : ndarray of shape (X', Y', Z'), float32
         The resampled volume.
     cube_affine : ndarray of shape (4, 4)
-        Its voxel indices to world mm: positive multiples of the axes, no rotation.
+        Voxel indices of `cubes` to world mm: positive multiples of the axes, no rotation.
 
     Raises
     ------

@@ -16,15 +16,16 @@ class SliceGeometry:
     Attributes
     ----------
     plane : {"axial", "coronal", "sagittal"}
+        In which direction the volume is cut.
     volume_shape : tuple of int (X, Y, Z)
-        Of the volume's canonical grid.
+        Number of voxels of the canonical grid.
     shape : tuple of int (n, H, W)
-        Of the slices.
+        Number of slices, rows and columns.
     starts, steps : tuple of 3 floats
         Place of the first and distance of neighbouring slices, rows and columns, counted in voxels of the
         volume seen in this plane (slices inferior, posterior or left first; rows from the top).
     positions_mm : tuple of n floats
-        Of the slices along the plane's axis; see `VolumeSlicer`.
+        Where each slice lies in mm along the plane's axis; see `VolumeSlicer`.
     """
 
     plane: str
@@ -141,7 +142,20 @@ class SliceGeometry:
 
 
 def as_frame(values, plane):
-    """A view of (X, Y, Z) as slices, rows from the top, columns."""
+    """View a volume as a stack of slices.
+
+    Parameters
+    ----------
+    values : ndarray of shape (X, Y, Z)
+        An array on the canonical grid.
+    plane : {"axial", "coronal", "sagittal"}
+        In which direction to cut it.
+
+    Returns
+    -------
+    ndarray of shape (n, h, w)
+        A view: slices, rows from the top, columns.
+    """
     return values.transpose(AXES[plane])[:, ::-1]
 
 

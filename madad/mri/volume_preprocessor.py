@@ -10,7 +10,7 @@ from madad.mri.brain import find_brain
 from madad.mri.intensity import correct_bias, normalize_intensity
 from madad.mri.nifti import Volume, check_same_grid, read_volume, same_grid
 from madad.mri.registration import AffineRegistration, Template, mni_template, register_affine
-from madad.mri.resampling import check_brain_mask, resample_mask, resample_to
+from madad.mri.resampling import resample_mask, resample_to
 
 MIN_COVERED = 0.8
 """Least share of the first contrast's brain that each other contrast must show."""
@@ -28,11 +28,11 @@ class PreprocessedVolume:
     volume : Volume
         Intensities in 0..1, 0 outside the brain; ``volume.values > 0`` is the brain mask.
     source : Volume
-        What it was made from.
+        The volume that it was made from.
     brain_made_by : str
         "given", or how `find_brain` found the brain.
     registration : AffineRegistration or None
-        None: it is on the grid of ``source``.
+        The way from ``source`` to the grid of ``volume``. None: they are on one grid.
     """
 
     volume: Volume
@@ -56,6 +56,7 @@ class PreprocessedVolume:
         Returns
         -------
         ndarray of the shape of ``volume``
+            The array there; 0 where ``source`` does not reach.
         """
         values = np.asarray(values)
         if self.registration is None:
@@ -69,12 +70,12 @@ class PreprocessedVolume:
         Parameters
         ----------
         values : array-like of shape (X, Y, Z)
-            As in `from_source`.
+            Floats are interpolated linearly; bool and integers take the nearest voxel.
 
         Returns
         -------
         ndarray of the shape of ``source``
-            For `madad.mri.nifti.write_like`.
+            The array there, 0 where ``volume`` does not reach; for `madad.mri.nifti.write_like`.
         """
         values = np.asarray(values)
         if self.registration is None:
@@ -95,10 +96,10 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
     template : bool, default=True
         Bring the brain to the MNI152 1 mm grid by an affine registration. False: it stays on its own grid.
     center : {"median", "mode"} or None, default="median"
-        Of the brain's intensities, mapped to `target`; see `madad.mri.normalize_intensity`. None: intensities
-        stay as they are, the background 0.
+        The centre of the brain's intensities that is mapped to `target`, as in
+        `madad.mri.normalize_intensity`. None: intensities stay as they are, the background 0.
     target : float, default=0.4
-        Above 0 and below 1.
+        Where the centre goes, above 0 and below 1.
 
     Notes
     -----
@@ -119,7 +120,20 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         self.target = target
 
     def fit(self, volumes, y=None):
-        """Do nothing."""
+        """Do nothing: there is nothing to learn.
+
+        Parameters
+        ----------
+        volumes : object
+            Ignored, not even read.
+        y : None
+            Ignored.
+
+        Returns
+        -------
+        self
+            The preprocessor itself.
+        """
         return self
 
     def __sklearn_is_fitted__(self):
@@ -131,12 +145,19 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         volumes : list of str, os.PathLike, nibabel image or Volume
+            What `madad.mri.read_volume` reads.
         brain_masks : list of the same, or of ndarray (X, Y, Z), or of None, default=None
-            One for each volume.
+            One for each volume, as in `preprocess`.
 
         Returns
         -------
         list of PreprocessedVolume
+            One for each volume.
+
+        Raises
+        ------
+        ImportError, ValueError
+            As `preprocess`, or if there are not as many masks as volumes.
         """
         volumes = list(volumes)
         masks = [None] * len(volumes) if brain_masks is None else list(brain_masks)
@@ -153,12 +174,14 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         volume : str, os.PathLike, nibabel image or Volume
+            What `madad.mri.read_volume` reads.
         brain_mask : the same, or ndarray of shape (X, Y, Z) on the canonical grid, default=None
             Values above 0 are brain. None: it is looked for.
 
         Returns
         -------
         PreprocessedVolume
+            The brain on the template's grid, or on its own without `template`.
 
         Raises
         ------
@@ -176,8 +199,8 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         ----------
         volumes : list of str, os.PathLike, nibabel image or Volume
             T1, T2, FLAIR, ... of one person and visit.
-        brain_mask : as in `preprocess`
-            Of the first volume.
+        brain_mask : str, os.PathLike, nibabel image, Volume or ndarray of shape (X, Y, Z), default=None
+            The brain of the first volume, as in `preprocess`. None: it is looked for.
 
         Returns
         -------
@@ -213,7 +236,7 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
     def _brain_of(self, source, given=None):
         method = "auto" if given is not None else self.brain
         try:
-            return find_brain(source.values, source.affine, given=given, method=method)
+            return find_brain(source.values, source.affine, brain_mask=given, method=method)
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from error
 
@@ -282,10 +305,10 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
 def _mask_on(source, mask):
     """A brain mask as an array on the canonical grid of a volume."""
     if isinstance(mask, np.ndarray):
-        return check_brain_mask(mask, source.values)
+        return mask
     mask = read_volume(mask)
     check_same_grid(source, mask)
-    return check_brain_mask(mask.values, source.values)
+    return mask.values
 
 
 def _mean_of_brain(values, brain, affine, shape, target_affine, matrix):

@@ -27,26 +27,28 @@ class VolumeSlicer(TransformerMixin, BaseEstimator):
         Axial slices have anterior at the top, coronal and sagittal ones superior. The subject's left is on
         the left of axial and coronal slices; anterior is on the right of sagittal ones.
     spacing_mm : float or None, default=1.0
-        Edge of a pixel. None: that of the volumes in `fit`, which must agree.
+        Edge of a pixel in mm, above 0. None: that of the volumes in `fit`, which must agree.
     slice_mm : float or None, default=None
-        Distance between slices, which are thin samples however large it is. None: each volume's own slices.
+        Distance in mm between slices, above 0; these are thin samples however large it is. None: each
+        volume's own slices.
     range_mm : tuple of float (low, high) or None, default=None
-        Which slices to keep, in world mm along the plane's axis; for volumes in a template space, those of
-        the template. None keeps all that have brain.
+        First and last place of a slice, in world mm along the plane's axis; for volumes in a template space,
+        those of the template. None keeps all that have brain.
     shape : tuple of int (H, W) or None, default=None
         Size of a slice in pixels. None: the smallest multiples of 16 that hold every brain in `fit`.
 
     Attributes
     ----------
     shape_ : tuple of int (H, W)
+        Height and width of a slice in pixels.
     spacing_mm_ : tuple of float (row, column)
-        Edges of a pixel.
+        Edges of a pixel in mm.
     geometry_ : list of SliceGeometry
-        Of the volumes of the last `transform`.
+        Where the slices of each volume lie; from the last `transform`.
     brain_masks_ : ndarray of shape (n, H, W), bool
-        Of the last `transform`.
+        True = brain; the slices of the last `transform`.
     groups_ : ndarray of shape (n,), int
-        Which volume each slice of the last `transform` is of.
+        Index of the volume that each slice was cut from; from the last `transform`.
 
     Notes
     -----
@@ -85,13 +87,14 @@ class VolumeSlicer(TransformerMixin, BaseEstimator):
         volumes : list of str, os.PathLike, nibabel image or Volume
             Read one at a time, and not at all if `shape` and `spacing_mm` are given.
         y : None
-            Ignored.
+            Ignored, for scikit-learn's sake.
         brain_masks : list of the same or ndarray (X, Y, Z) or None, default=None
             One for each volume; None for the voxels other than 0.
 
         Returns
         -------
         self
+            The slicer itself, fitted.
 
         Raises
         ------
@@ -126,14 +129,16 @@ class VolumeSlicer(TransformerMixin, BaseEstimator):
 
         Parameters
         ----------
-        volumes, brain_masks
-            As in `fit`. Volumes are read one at a time, but all slices are in memory in the end: for a large
-            cohort call `slices_of` for each.
+        volumes : list of str, os.PathLike, nibabel image or Volume
+            Read one at a time, but all slices are in memory in the end: for a large cohort call `slices_of`
+            for each.
+        brain_masks : list of the same or ndarray (X, Y, Z) or None, default=None
+            One for each volume; None for the voxels other than 0.
 
         Returns
         -------
         images : ndarray of shape (n, H, W), float32
-            Of all volumes, one after the other.
+            Slices of all volumes, one after the other.
 
         Raises
         ------
@@ -149,7 +154,22 @@ class VolumeSlicer(TransformerMixin, BaseEstimator):
         return np.concatenate(images)
 
     def fit_transform(self, volumes, y=None, *, brain_masks=None):
-        """Call `fit`, then `transform`, on the same volumes and masks."""
+        """Call `fit`, then `transform`, on the same volumes and masks.
+
+        Parameters
+        ----------
+        volumes : list of str, os.PathLike, nibabel image or Volume
+            What to learn from and to cut.
+        y : None
+            Ignored, for scikit-learn's sake.
+        brain_masks : list of the same or ndarray (X, Y, Z) or None, default=None
+            One for each volume; None for the voxels other than 0.
+
+        Returns
+        -------
+        images : ndarray of shape (n, H, W), float32
+            Slices of all volumes, one after the other.
+        """
         return self.fit(volumes, brain_masks=brain_masks).transform(volumes, brain_masks=brain_masks)
 
     def slices_of(self, volume, brain_mask=None):
@@ -158,13 +178,16 @@ class VolumeSlicer(TransformerMixin, BaseEstimator):
         Parameters
         ----------
         volume : str, os.PathLike, nibabel image or Volume
+            What `madad.mri.read_volume` reads.
         brain_mask : the same, or ndarray of shape (X, Y, Z), default=None
-            None for the voxels other than 0.
+            Values above 0 are brain. None for the voxels other than 0.
 
         Returns
         -------
         images : ndarray of shape (n, H, W), float32
+            The slices, in the unit of the volume.
         brain_masks : ndarray of shape (n, H, W), bool
+            True = brain, on the grid of the slices.
         geometry : SliceGeometry
             Takes maps back to the volume, and cuts other arrays on its grid, such as lesion masks.
 
@@ -205,7 +228,7 @@ class VolumeSlicer(TransformerMixin, BaseEstimator):
         maps : ndarray of shape (n, H, W)
             One map for each slice, in the order of `transform`.
         geometry : SliceGeometry or list of SliceGeometry, default=None
-            Of the volumes. None: ``geometry_``.
+            Where the slices of each volume lie. None: ``geometry_``.
 
         Returns
         -------

@@ -1,22 +1,145 @@
-"""KL autoencoders as CompVis and diffusers write them."""
+"""KL autoencoders as CompVis and diffusers write them, and other numbers of image channels for them."""
 
 from __future__ import annotations
 
+import numbers
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from madad._runtime.files import read_json
 from madad.nn import AutoencoderConfig, AutoencoderKL
-from madad.pretrained.weight_files import build, fill, read_foreign_config, require
+from madad.pretrained.weight_files import DOWNLOAD_AGAIN, build, fill, read_weights, require
 
-_STEM = "encoder.conv_in.weight"  # in both foreign layouts
-_COMPVIS, _DIFFUSERS = "encoder.down.0.block.0.", "encoder.down_blocks.0.resnets.0."
+STEM = "encoder.conv_in.weight"  # in both foreign layouts
+COMPVIS, DIFFUSERS = "encoder.down.0.block.0.", "encoder.down_blocks.0.resnets.0."
 _TRAINING_ONLY = ("loss.", "model_ema.")
 
+# The weights that see image channels, and on which axis.
+_READ_IMAGE = {"encoder.stem.conv.weight": 1, "to_latent.weight": 1}
+_WRITE_IMAGE = {
+    "decoder.head.conv.weight": 0,
+    "decoder.head.conv.bias": 0,
+    "to_image.weight": 1,
+    "to_image.bias": 0,
+}
 
-def _from_compvis(tensors: dict[str, Tensor], path) -> AutoencoderKL:
+
+def load_compvis_autoencoder(path) -> AutoencoderKL:
+    """Load a KL autoencoder in CompVis' latent-diffusion layout (``encoder.down.0.block.0.norm1.weight``).
+
+    Parameters
+    ----------
+    path : path-like
+        A ``.safetensors``, ``.ckpt`` or ``.pt`` file, or a directory with one. Of a whole latent-diffusion
+        checkpoint only ``first_stage_model.*`` is read; what only training needs, ``loss.*`` and
+        ``model_ema.*``, is ignored.
+
+    Returns
+    -------
+    AutoencoderKL
+        In evaluation mode, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `load_original_unet`.
+    """
+    return from_compvis(autoencoder_part(read_weights(path)), path)
+
+
+def load_diffusers_autoencoder(path) -> AutoencoderKL:
+    """Load a KL autoencoder in the layout of diffusers' ``AutoencoderKL``.
+
+    Parameters
+    ----------
+    path : path-like
+        The weight file, or a directory with it (``vae/`` inside is found too). A ``config.json`` beside it
+        is checked against what the weights say.
+
+    Returns
+    -------
+    AutoencoderKL
+        In evaluation mode, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `load_original_unet`; ValueError also if the ``config.json`` disagrees with the weights.
+    """
+    return from_diffusers(autoencoder_part(read_weights(path)), path)
+
+
+def to_image_channels(network: AutoencoderKL, n: int) -> AutoencoderKL:
+    """The same autoencoder for one image channel instead of several, or for several instead of one.
+
+    Parameters
+    ----------
+    network : AutoencoderKL
+        The autoencoder to convert; its number of image channels is called C below.
+    n : int
+        Number of image channels of the result: C or 1, or any number from 1 if C is 1.
+
+    Returns
+    -------
+    AutoencoderKL
+        ``network`` itself if n is C, else a new one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``n`` is no whole number, or none of these.
+
+    Notes
+    -----
+    C to 1: input kernels are summed over the channels, output kernels and biases averaged. A grey image then
+    has the posterior of the image that repeats it C times, and is decoded to the mean of its channels.
+    1 to n: input kernels are divided by n and repeated, output kernels and biases repeated. An image then
+    has the posterior of the mean of its channels, and is decoded to n equal ones.
+    """
+    given = network.config.image_channels
+    if not isinstance(n, numbers.Integral):
+        raise TypeError(f"n must be a whole number of image channels, got {n!r}. Use 1.")
+    if n == given:
+        return network
+    if n < 1 or 1 not in (n, given):
+        possible = "at least 1" if given == 1 else f"1 or {given}"
+        raise ValueError(
+            f"n must be {possible} where the network's image channels are {given}, got {n}. From several to "
+            f"several, convert to 1 first."
+        )
+    state = network.state_dict()
+    for name, axis in (_READ_IMAGE | _WRITE_IMAGE).items():
+        if name in state:
+            by_channel = state[name].cpu().double().unflatten(axis, (given, -1))
+            if name in _READ_IMAGE:
+                one = by_channel.sum(axis, keepdim=True) / n
+            else:
+                one = by_channel.mean(axis, keepdim=True)
+            state[name] = one.repeat_interleave(n, axis).flatten(axis, axis + 1)
+    converted = build(AutoencoderKL, replace(network.config, image_channels=int(n)))
+    converted.load_state_dict(state)
+    return converted.to(network.quant.weight.device).train(network.training)
+
+
+def from_compvis(tensors: dict[str, Tensor], path) -> AutoencoderKL:
+    """Build an autoencoder from weights in CompVis' layout.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+        Weights by bare name, as from `autoencoder_part`.
+    path : path-like
+        Where they are from, for the messages.
+
+    Returns
+    -------
+    AutoencoderKL
+        In evaluation mode, on the CPU.
+    """
     n_levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     rules = [
         (r"encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.levels.\1.\2."),
@@ -32,7 +155,21 @@ def _from_compvis(tensors: dict[str, Tensor], path) -> AutoencoderKL:
     return _autoencoder(tensors, rules, n_levels, path)
 
 
-def _from_diffusers(tensors: dict[str, Tensor], path) -> AutoencoderKL:
+def from_diffusers(tensors: dict[str, Tensor], path) -> AutoencoderKL:
+    """Build an autoencoder from weights in diffusers' layout.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+        Weights by bare name, as from `autoencoder_part`.
+    path : path-like
+        Where they are from, for the messages and for a ``config.json`` to check against.
+
+    Returns
+    -------
+    AutoencoderKL
+        In evaluation mode, on the CPU.
+    """
     n_levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
     rules = [
         (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.levels.\1.\2."),
@@ -57,7 +194,7 @@ def _from_diffusers(tensors: dict[str, Tensor], path) -> AutoencoderKL:
 
 def _autoencoder(tensors: dict[str, Tensor], rules, n_levels: int, path) -> AutoencoderKL:
     """Rename by rules, fuse queries, keys and values, read the shape off the weights, fill."""
-    require(tensors, _STEM, path)
+    require(tensors, STEM, path)
     rules = [
         *rules,
         (r"^(encoder|decoder)\.conv_in\.", r"\1.stem.conv."),
@@ -94,9 +231,20 @@ def _autoencoder(tensors: dict[str, Tensor], rules, n_levels: int, path) -> Auto
     return fill(build(AutoencoderKL, config), fused, path)
 
 
-def _autoencoder_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An autoencoder's weights by their bare names, out of whatever it was wrapped in or trained with."""
-    prefixes = [name.removesuffix(_STEM) for name in tensors if name.endswith(_STEM)]
+def autoencoder_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pick an autoencoder's weights out of whatever it was wrapped in or trained with.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+        All tensors of a file, in either layout.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Those of the autoencoder by their bare names, ``encoder.conv_in.weight`` and the like.
+    """
+    prefixes = [name.removesuffix(STEM) for name in tensors if name.endswith(STEM)]
     prefix = min(prefixes, key=lambda found: ("first_stage_model." not in found, len(found)), default="")
     part = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
     return {name: value for name, value in part.items() if not name.startswith(_TRAINING_ONLY)}
@@ -132,7 +280,7 @@ def _check_diffusers_config(path, network: AutoencoderKL) -> None:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     for file in (folder / "config.json", folder / "vae" / "config.json"):
-        config = read_foreign_config(file)
+        config = read_json(file, DOWNLOAD_AGAIN) if file.is_file() else {}
         found = network.config
         of_weights = {
             "block_out_channels": [found.base_channels * m for m in found.channel_multipliers],

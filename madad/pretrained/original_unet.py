@@ -27,8 +27,9 @@ def load_original_unet(path, *, n_heads: int | None = None) -> MaskedUNet:
     ----------
     path : path-like
         State dict (``.safetensors``, ``.pt``) or whole pickled module (``.pt``), or a directory with one.
-    n_heads : int or None
-        The weights do not tell. None = the original's for its sizes (64 to 320 base channels), else 4.
+    n_heads : int or None, default=None
+        Attention heads, which the weights do not tell. None = the original's for its sizes (64 to 320 base
+        channels), else 4.
 
     Returns
     -------

@@ -95,15 +95,27 @@ _INERT_PICKLE = SimpleNamespace(
 
 
 def read_pickled_tensors(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a ``.pt``, ``.pth`` or ``.ckpt`` file, on the CPU.
+    """Read the named tensors of a pickled file without running anything in it.
 
-    Plain state dicts are read with ``weights_only=True``. Where the file holds whole pickled modules,
-    every class but those that rebuild tensors is replaced by `InertStub`, so that nothing of it is run.
+    Parameters
+    ----------
+    path : Path
+        A ``.pt``, ``.pth``, ``.ckpt`` or ``.bin`` file.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Tensors by name, as stored, on the CPU.
 
     Raises
     ------
     ValueError
         If the file is damaged, a TorchScript archive, or holds no tensors.
+
+    Notes
+    -----
+    Plain state dicts are read with ``weights_only=True``. Where the file holds whole pickled modules,
+    every class but those that rebuild tensors is replaced by `InertStub`, so that nothing of it is run.
     """
     if _is_torchscript(path):
         raise ValueError(

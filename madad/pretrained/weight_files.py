@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 from pathlib import Path
@@ -34,13 +33,30 @@ HUB_WEIGHTS = (
     SAVED_WEIGHTS["autoencoder"],
 )
 HUB_CONFIGS = ("config.json", "vae/config.json")
+DOWNLOAD_AGAIN = "Download it again."
 _HUB_ID = r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?"
 
 
 def read_weights(path) -> dict[str, Tensor]:
-    """Named tensors of a weight file, or of the one in a directory: as stored, whatever the network.
+    """Read the named tensors of a weight file, or of the one in a directory, whatever the network.
 
-    Parameters and errors as `load_original_unet`.
+    Parameters
+    ----------
+    path : path-like
+        A ``.safetensors`` file, or a pickled one (``.pt``, ``.pth``, ``.ckpt``, ``.bin``), or a directory
+        that holds one weight file, itself or in ``vae/``.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Tensors by name, as stored, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file, or a directory does not hold exactly one.
+    ValueError
+        If the file is damaged or holds no tensors.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,14 +70,38 @@ def read_weights(path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{path} must be a safetensors file, got one that cannot be read ({error}). "
-                f"Download it again."
+                f"{path} must be a safetensors file, got one that cannot be read ({error}). {DOWNLOAD_AGAIN}"
             ) from error
     return read_pickled_tensors(path)
 
 
-def _local_path(source, hub_cache) -> Path:
-    """``source`` if it exists, else where the hub's repository of that name was downloaded to."""
+def local_path(source, hub_cache) -> Path:
+    """Find the weights that a source names, and download them if need be.
+
+    Parameters
+    ----------
+    source : path-like or str
+        A file or directory; or, where none of that name exists, a repository of the Hugging Face hub,
+        ``"owner/name"`` or ``"owner/name@revision"``.
+    hub_cache : path-like or None
+        Folder where downloads are kept. None = the hub's own cache.
+
+    Returns
+    -------
+    Path
+        ``source`` if it exists, else the local copy of the repository.
+
+    Raises
+    ------
+    TypeError
+        If ``source`` is no path.
+    FileNotFoundError
+        If nothing of that name exists and it cannot be a repository, or the repository has no weights.
+    OSError
+        If the hub does not give the repository.
+    ImportError
+        If huggingface_hub is needed and not installed.
+    """
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"source must be a path or the name of a hub repository, got {source!r}. Give one of them."
@@ -121,13 +161,46 @@ def _weight_file_in(directory: Path) -> Path:
 
 
 def build(kind: type[Network], config) -> Network:
-    """A network of a config, without a draw from the global generator."""
+    """Build a network without a draw from the global generator.
+
+    Parameters
+    ----------
+    kind : type
+        Class of the network.
+    config : AutoencoderConfig or UNetConfig
+        What the class is called with.
+
+    Returns
+    -------
+    Module
+        The network, with weights that mean nothing yet.
+    """
     with isolated_seed(0):  # building a network draws weights
         return kind(config)
 
 
 def fill(network: Network, tensors: dict[str, Tensor], path) -> Network:
-    """Load strictly, as float32; the error lists what is missing, unknown or of another shape."""
+    """Put weights into a network: exactly those that it has.
+
+    Parameters
+    ----------
+    network : Module
+        Filled in place, in its own dtype.
+    tensors : dict of str to Tensor
+        Weights by the network's own names.
+    path : path-like
+        Where they are from, for the message.
+
+    Returns
+    -------
+    Module
+        ``network``, in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If a name is missing or unknown, or a shape is another; all of them are listed.
+    """
     wanted = network.state_dict()
     missing = sorted(wanted.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - wanted.keys())
@@ -146,7 +219,17 @@ def fill(network: Network, tensors: dict[str, Tensor], path) -> Network:
 
 
 def require(tensors: dict[str, Tensor], name: str, path) -> None:
-    """Raise ValueError where a tensor is missing."""
+    """Raise ValueError where a tensor is missing.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+        Tensors by name, of one file.
+    name : str
+        The one that must be there.
+    path : path-like
+        Where they are from, for the message.
+    """
     if name not in tensors:
         raise ValueError(
             f"{path} must hold {name}, got other names: missing ['{name}'], unknown {sorted(tensors)[:20]}. "
@@ -155,18 +238,18 @@ def require(tensors: dict[str, Tensor], name: str, path) -> None:
 
 
 def without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The same tensors under names without a prefix."""
+    """Rename tensors.
+
+    Parameters
+    ----------
+    tensors : dict of str to Tensor
+        Tensors by name, with or without the prefix.
+    prefix : str
+        What is taken off the names that begin with it.
+
+    Returns
+    -------
+    dict of str to Tensor
+        The same tensors, in the same order.
+    """
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
-
-
-def read_foreign_config(file: Path) -> dict:
-    """A JSON object; empty where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} must be JSON, got a damaged file ({error}). Download it again.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}. Download it again.")
-    return config

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,11 +12,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from madad._runtime.distributed import leads
+from madad._runtime.files import read_json, write_json
 
 FORMAT = "madad"
 FORMAT_VERSION = 2
 CONFIG, CALIBRATION = "config.json", "calibration.json"
 CARD, README = "card.json", "README.md"
+_REMEDY = "Save the model again."
 
 Tensors = dict[str, np.ndarray]
 
@@ -69,11 +69,11 @@ def write_model(
         new = scratch / "new"
         new.mkdir()
         header = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        _write_json(new / CONFIG, header | config)
+        write_json(new / CONFIG, header | config)
         if calibration is not None:
-            _write_json(new / CALIBRATION, calibration)
+            write_json(new / CALIBRATION, calibration)
         if card is not None:
-            _write_json(new / CARD, card)
+            write_json(new / CARD, card)
         if readme is not None:
             (new / README).write_text(readme, encoding="utf-8")
         for name, arrays in tensors.items():
@@ -127,7 +127,7 @@ def read_model(path, names: tuple[str, ...]) -> tuple[dict, dict, dict[str, Tens
         If a file is damaged, of a newer format, or no model of ours.
     """
     path = Path(path)
-    config, calibration = read_config(path), _read_json(path / CALIBRATION)
+    config, calibration = read_config(path), read_json(path / CALIBRATION, _REMEDY)
     return config, calibration, {name: _read_tensors(path / f"{name}.safetensors") for name in names}
 
 
@@ -138,7 +138,7 @@ def read_config(path) -> dict:
         raise FileNotFoundError(
             f"path must be a model directory with {CONFIG}, got {path}. Give what save() was given."
         )
-    config = _read_json(path / CONFIG)
+    config = read_json(path / CONFIG, _REMEDY)
     if config.get("format") != FORMAT:
         raise ValueError(
             f"{path / CONFIG} must describe a madad model, got format {config.get('format')!r}. "
@@ -155,7 +155,7 @@ def read_config(path) -> dict:
 
 def read_card(path) -> dict:
     """Read how the images of the model at ``path`` were made. Errors as `read_model`."""
-    return _read_json(Path(path) / CARD)
+    return read_json(Path(path) / CARD, _REMEDY)
 
 
 def _replaceable(path: Path) -> bool:
@@ -167,35 +167,9 @@ def _replaceable(path: Path) -> bool:
     ours = {CONFIG, CALIBRATION, CARD, README}
     foreign = {name for name in entries - ours if not name.endswith(".safetensors")}
     try:
-        return not foreign and _read_json(path / CONFIG).get("format") == FORMAT
+        return not foreign and read_json(path / CONFIG).get("format") == FORMAT
     except (FileNotFoundError, ValueError):
         return False
-
-
-def _write_json(path: Path, content: dict) -> None:
-    text = json.dumps(content, indent=2, allow_nan=False)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} must exist, got no such file. The model is incomplete: save it again."
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} must be JSON, got a damaged file ({error}). Save the model again."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} must hold a JSON object, got {type(content).__name__}. Save the model again."
-        )
-    return content
 
 
 def _read_tensors(path: Path) -> Tensors:

@@ -42,7 +42,12 @@ class Derivative:
     Parameters
     ----------
     root : path-like
-        The folder.
+        The folder, which need not exist yet.
+
+    Attributes
+    ----------
+    root : Path
+        The folder as it was given.
 
     Notes
     -----
@@ -60,15 +65,15 @@ class Derivative:
         Parameters
         ----------
         name : str
-            Of the dataset, for its description.
+            Name of the dataset, for its description.
         step : str
-            The command that writes.
+            The command that writes, such as "predict".
         parameters : dict
             What the results depend on beside the scans, ready for JSON. A folder with results of other ones
             is refused, since one table would mix them.
         source : path-like
             Folder that the scans lie in; Sources in sidecars are relative to it.
-        overwrite : bool
+        overwrite : bool, default=False
             Take the folder over although its results have other parameters; they are removed, so that an
             interrupted run is not gone on with among them.
 
@@ -101,10 +106,26 @@ class Derivative:
     def check(self, *, step: str, parameters: dict, source, overwrite: bool = False) -> bool:
         """Refuse what `start` refuses, and write nothing.
 
+        Parameters
+        ----------
+        step : str
+            The command that would write, as in `start`.
+        parameters : dict
+            What its results would depend on, as in `start`.
+        source : path-like
+            Folder that the scans lie in, as in `start`.
+        overwrite : bool, default=False
+            Whether the folder would be taken over, as in `start`.
+
         Returns
         -------
         bool
             Whether there are results with other parameters, which ``overwrite`` removes.
+
+        Raises
+        ------
+        FileExistsError
+            If there is something else in the folder, or results of other scans or with other parameters.
         """
         link = Path(source).resolve().as_uri()
         is_folder = self.root.is_dir()
@@ -132,37 +153,99 @@ class Derivative:
         return has_other
 
     def description(self) -> dict:
-        """Its dataset description; ValueError if that is damaged."""
+        """Read the dataset description.
+
+        Returns
+        -------
+        dict
+            What `start` wrote.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If it is missing or damaged.
+        """
         return read_json(self.root / DESCRIPTION)
 
     def path(self, scan: Scan, ending: str, space: str | None = None, *, entity: str = "") -> Path:
-        """Where a file of a scan goes: ``sub-01/ses-1/anat/sub-01_ses-1[_entity][_space-X]_<ending>``."""
+        """Tell where a file of a scan goes.
+
+        Parameters
+        ----------
+        scan : Scan
+            Whose subject and session name the folder and the file.
+        ending : str
+            Suffix and extension, such as "T1w.nii.gz", with entities that come after the space.
+        space : str or None, default=None
+            Label of the space. None = the scan's own, which is not named.
+        entity : str, default=""
+            An entity that comes before the space, such as "ce-gadolinium".
+
+        Returns
+        -------
+        Path
+            ``sub-01/ses-1/anat/sub-01_ses-1[_entity][_space-X]_<ending>`` in the folder.
+        """
         folder = self.root / f"sub-{scan.subject}"
         folder = folder if scan.session is None else folder / f"ses-{scan.session}"
         parts = (scan_name(scan), entity, "" if space is None else f"space-{space}", ending)
         return folder / "anat" / "_".join(part for part in parts if part)
 
     def clear(self, scan: Scan) -> None:
-        """Make the scan's folder, without what earlier runs wrote of the scan, whole or half."""
+        """Make the scan's folder, without what earlier runs wrote of the scan, whole or half.
+
+        Parameters
+        ----------
+        scan : Scan
+            The scan that is about to be done.
+        """
         self.remove(scan)
         self.path(scan, "x").parent.mkdir(parents=True, exist_ok=True)
 
     def remove(self, scan: Scan) -> None:
-        """Take away what there is of the scan: sidecars first, so that it is not done in between."""
+        """Take away what there is of the scan: sidecars first, so that it is not done in between.
+
+        Parameters
+        ----------
+        scan : Scan
+            The scan whose results go.
+        """
         folder, name = self.path(scan, "x").parent, scan_name(scan)
         of_scan = [*folder.glob(f"{name}_*"), *folder.glob(f".{name}_*.tmp")]
         for path in sorted(of_scan, key=lambda path: path.suffix != ".json"):
             path.unlink(missing_ok=True)
 
     def source_uri(self, path) -> str:
-        """A file of the source as a BIDS URI; of a file that a link leads out of the source, its file URI."""
+        """Name a file of the source.
+
+        Parameters
+        ----------
+        path : path-like
+            A file that results are made from.
+
+        Returns
+        -------
+        str
+            The file's BIDS URI; of a file that a link leads out of the source, its file URI.
+        """
         for known in (Path(path).parent.resolve() / Path(path).name, Path(os.path.abspath(path))):
             if known.is_relative_to(self._source()):
                 return f"bids:raw:{known.relative_to(self._source()).as_posix()}"
         return Path(path).resolve().as_uri()
 
     def source_path(self, uri: str) -> Path:
-        """The file that `source_uri` named."""
+        """Find the file that `source_uri` named.
+
+        Parameters
+        ----------
+        uri : str
+            A BIDS URI of the source, or a file URI.
+
+        Returns
+        -------
+        Path
+            The file, which may be gone.
+        """
         if uri.startswith("file:"):
             return Path(unquote(urlparse(uri).path))
         return self._source() / uri.removeprefix("bids:raw:")
@@ -171,7 +254,19 @@ class Derivative:
         return Path(unquote(urlparse(self.description()["DatasetLinks"]["raw"]).path))
 
     def is_made_from(self, sidecar: Path, images: Sequence) -> bool:
-        """Whether a sidecar is there, and names these files as its sources.
+        """Tell whether a sidecar is there, and names these files as its sources.
+
+        Parameters
+        ----------
+        sidecar : Path
+            The JSON file with which a result is done.
+        images : sequence of path-like
+            The files that it should name.
+
+        Returns
+        -------
+        bool
+            False if there is no sidecar.
 
         Raises
         ------
@@ -191,14 +286,37 @@ class Derivative:
         return True
 
     def sidecars(self, ending: str) -> Iterator[tuple[Path, dict]]:
-        """Sidecars whose names end so, with what they hold, by path."""
+        """Read sidecars.
+
+        Parameters
+        ----------
+        ending : str
+            How their names end, such as "_desc-preproc_T1w.json".
+
+        Yields
+        ------
+        path : Path
+            A sidecar, in ascending order.
+        content : dict
+            What the sidecar holds.
+        """
         for path in sorted(self.root.glob(f"sub-*/**/*{ending}")):
             if not path.name.startswith("."):
                 with suppress(FileNotFoundError):  # another process writes it anew
                     yield path, read_json(path)
 
     def write_table(self, name: str, columns: Iterable[str], rows: Callable[[], Iterable[dict]]) -> None:
-        """Write a table of what is there, and again until it is: others may have added to it meanwhile."""
+        """Write a table of what is there, and again until it is: others may have added to it meanwhile.
+
+        Parameters
+        ----------
+        name : str
+            Name of the file in the folder.
+        columns : iterable of str
+            Headers, which are the keys of the rows.
+        rows : callable
+            Returns an iterable of dicts, from what is in the folder at the moment of the call.
+        """
         while True:
             text = table_text(columns, rows())
             path = self.root / name
@@ -207,17 +325,42 @@ class Derivative:
             write_text(path, text)
 
     def fail(self, scan: Scan, error: BaseException) -> None:
-        """Note that a scan failed; `write_errors` makes the table."""
+        """Note that a scan failed; `write_errors` makes the table.
+
+        Parameters
+        ----------
+        scan : Scan
+            The scan that could not be done.
+        error : BaseException
+            Why it could not be done.
+        """
         row = failure_row(scan, error)
         self._failure(scan).parent.mkdir(parents=True, exist_ok=True)
         write_json(self._failure(scan), row)
 
     def has_failed(self, scan: Scan) -> bool:
-        """Whether the scan failed when it was last tried; results of an earlier time may be there."""
+        """Tell whether a scan failed when it was last tried.
+
+        Parameters
+        ----------
+        scan : Scan
+            The scan that is asked about.
+
+        Returns
+        -------
+        bool
+            True after `fail` and before `succeed`; results of an earlier time may be there.
+        """
         return self._failure(scan).is_file()
 
     def succeed(self, scan: Scan) -> None:
-        """Forget an earlier failure of the scan."""
+        """Forget an earlier failure of the scan.
+
+        Parameters
+        ----------
+        scan : Scan
+            The scan that is done.
+        """
         self._failure(scan).unlink(missing_ok=True)
 
     def _failure(self, scan: Scan) -> Path:
@@ -234,26 +377,74 @@ class Derivative:
 
 
 def participant(scan: Scan) -> dict[str, str | None]:
-    """Whose row of a table it is, by BIDS' columns."""
+    """Tell whose row of a table it is.
+
+    Parameters
+    ----------
+    scan : Scan
+        The scan that the row is of.
+
+    Returns
+    -------
+    dict of str to str or None
+        ``participant_id`` and ``session_id``, which is None without a session.
+    """
     session = None if scan.session is None else f"ses-{scan.session}"
     return {"participant_id": f"sub-{scan.subject}", "session_id": session}
 
 
 def failure_row(scan: Scan, error: BaseException) -> dict[str, str | None]:
-    """A row of `ERROR_COLUMNS`."""
+    """Make a row for a scan that failed.
+
+    Parameters
+    ----------
+    scan : Scan
+        The scan that could not be done.
+    error : BaseException
+        Why it could not be done.
+
+    Returns
+    -------
+    dict of str to str or None
+        The cells of `ERROR_COLUMNS`.
+    """
     message = " ".join(str(error).split())
     return {**participant(scan), "error": type(error).__name__, "message": message}
 
 
 def changes(before: dict, after: dict) -> str:
-    """What differs between two sets of parameters, as text: ``bias_field False, not True``."""
+    """Say what differs between two sets of parameters.
+
+    Parameters
+    ----------
+    before, after : dict
+        Parameters by name, ready for JSON.
+
+    Returns
+    -------
+    str
+        Such as ``bias_field False, not True``; empty if nothing differs.
+    """
     after = json.loads(json.dumps(after))
     names = [name for name in (*before, *after) if before.get(name) != after.get(name)]
     return ", ".join(f"{name} {before.get(name)!r}, not {after.get(name)!r}" for name in dict.fromkeys(names))
 
 
 def table_text(columns: Iterable[str], rows: Iterable[dict]) -> str:
-    """Rows as BIDS wants tables: tabs between columns, n/a for what is missing."""
+    """Write rows as BIDS wants tables.
+
+    Parameters
+    ----------
+    columns : iterable of str
+        Headers, which are the keys of the rows.
+    rows : iterable of dict
+        Cells by column; those that are missing or None become ``n/a``.
+
+    Returns
+    -------
+    str
+        Lines with tabs between the columns, the first with the headers.
+    """
     columns = list(columns)
     lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     return "".join("\t".join(line) + "\n" for line in lines)

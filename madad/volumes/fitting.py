@@ -28,16 +28,28 @@ MAX_CALIBRATION_VOLUMES = 40
 
 
 class HealthyVolume(NamedTuple):
-    """What a model is trained on: contrasts of one person on one grid, and a lesion mask there or None."""
+    """What a model is trained on.
+
+    Attributes
+    ----------
+    contrasts : list of PreprocessedVolume
+        The contrasts of one person, on one grid and in the order of the model's channels.
+    lesion_mask : ndarray of shape (X, Y, Z) or None
+        Values above 0 are lesion, on the grid of the contrasts. None: there is no lesion.
+    """
 
     contrasts: list[PreprocessedVolume]
     lesion_mask: np.ndarray | None = None
 
 
+Read = Callable[[int], HealthyVolume]
+Progress = Callable[[Sequence[int], str], Any]
+
+
 def fit_volumes(
     detector: MaskedDiffusionAnomalyDetector,
     subjects: Sequence[str],
-    read: Callable[[int], HealthyVolume],
+    read: Read,
     *,
     contrasts: Sequence[str],
     preprocessor: VolumePreprocessor,
@@ -45,38 +57,40 @@ def fit_volumes(
     aggregation: dict | None = None,
     data: dict | None = None,
     scratch=None,
-    progress: Callable[[Sequence[int], str], Any] | None = None,
+    progress: Progress | None = None,
 ) -> VolumeModel:
     """Train a detector on the slices of healthy volumes, and set thresholds for whole volumes.
 
     Parameters
     ----------
     detector : MaskedDiffusionAnomalyDetector
-        Fitted in place.
+        The detector of slices; fitted in place.
     subjects : sequence of str
-        Of each volume; those of one are all held out for the thresholds, or none.
+        Person of each volume, at least 2 volumes; those of one person are all held out for the thresholds, or
+        none.
     read : callable
         ``read(i)`` is the ``HealthyVolume`` of ``subjects[i]``; called several times for each, so that only
         one volume is in memory.
     contrasts : sequence of str
-        Of the channels.
+        Names of the contrasts, in the order of the channels.
     preprocessor : VolumePreprocessor
-        What prepared the volumes.
+        What prepared the volumes; kept in the model's card.
     slicer : VolumeSlicer
-        Fitted here.
-    aggregation : dict or None
+        How volumes are cut into slices; fitted here.
+    aggregation : dict or None, default=None
         ``smoothing_mm``, ``median_slices``, ``min_volume_ml`` of `madad.volumes.predict_volume`.
-    data : dict or None
-        Further facts for the card.
-    scratch : path-like or None
+    data : dict or None, default=None
+        Further facts about the data for the card, ready for JSON.
+    scratch : path-like or None, default=None
         Folder for the slices, which are on disk while the detector trains, where all processes of a
         ``torchrun`` see it. None = a temporary one.
-    progress : callable or None
+    progress : callable or None, default=None
         ``progress(indices, what)`` wraps an iteration over volumes.
 
     Returns
     -------
     VolumeModel
+        The fitted detector, with a card that says how its slices were made and what its thresholds are.
 
     Raises
     ------
@@ -96,44 +110,23 @@ def fit_volumes(
             f"DATA must hold at least 2 healthy volumes, to train on some and calibrate on others, got "
             f"{len(subjects)}. Add some."
         )
+    check_aggregation(**(aggregation or {}))
     team = join(resolve_device(detector.device))
     over = progress if progress and team.leads else (lambda indices, what: indices)
-    aggregation = aggregation or {}
-    check_aggregation(**aggregation)
-    order = range(len(subjects))
     with _scratch_folder(scratch, team) as folder:
-
-        def cut() -> tuple[VolumeSlicer, _Slices]:
-            fitted = _fitted(slicer, (read(i).contrasts[0] for i in over(order, "sizes")))
-            return fitted, _slices_on_disk(folder, fitted, read, over(order, "slices"), contrasts)
-
-        slicer, slices = team.first(cut)
-        images, masks = slices.mapped()
-        groups = np.asarray(subjects)[slices.owners]
-        detector.fit(images, brain_mask=masks, groups=groups)
-        held_out = list(dict.fromkeys(slices.owners[detector.calibration_rows_].tolist()))
-        intensities = _intensity_thresholds(images, masks, groups, detector)
+        slicer, slices = team.first(lambda: _cut(folder, slicer, read, len(subjects), contrasts, over))
+        held_out, intensity_thresholds = _train(detector, slices, subjects)
     card = ModelCard(
         contrasts=tuple(contrasts),
         preprocessor=preprocessor,
         slicer=slicer,
-        aggregation=aggregation,
-        intensity_thresholds=intensities,
-        data={
-            "subjects": len(set(subjects)),
-            "volumes": len(subjects),
-            "slices": len(slices.owners),
-            "slices_with_lesion_left_out": slices.n_with_lesion,
-            "held_out_volumes": len(held_out),
-        }
-        | (data or {}),
+        aggregation=aggregation or {},
+        intensity_thresholds=intensity_thresholds,
+        data=_counts(subjects, slices, held_out) | (data or {}),
         healthy={name: one for name, one in slices.healthy.items() if one.n},
     )
-    model = VolumeModel(detector, card)
-    calibrating = [i for i in held_out if i not in slices.with_lesion][:MAX_CALIBRATION_VOLUMES]
-    share = team.shares(len(calibrating))[team.rank]
-    own = calibrating[share.start : share.stop]
-    return _calibrated(model, (read(i) for i in over(own, "thresholds")), team)
+    healthy = [i for i in held_out if i not in slices.with_lesion][:MAX_CALIBRATION_VOLUMES]
+    return _calibrated(VolumeModel(detector, card), healthy, read, over, team)
 
 
 @contextmanager
@@ -161,10 +154,19 @@ class _Slices(NamedTuple):
         return images, masks
 
 
+def _cut(
+    folder: Path, slicer: VolumeSlicer, read: Read, n_volumes: int, contrasts: Sequence[str], over: Progress
+) -> tuple[VolumeSlicer, _Slices]:
+    """Learn how large slices must be, then cut all volumes into such slices."""
+    volumes = range(n_volumes)
+    slicer = _fitted(slicer, (read(i).contrasts[0] for i in over(volumes, "sizes")))
+    return slicer, _slices_on_disk(folder, slicer, read, over(volumes, "slices"), contrasts)
+
+
 def _slices_on_disk(
     folder: Path,
     slicer: VolumeSlicer,
-    read: Callable[[int], HealthyVolume],
+    read: Read,
     order: Iterable[int],
     contrasts: Sequence[str],
 ) -> _Slices:
@@ -214,10 +216,36 @@ def _fitted(slicer: VolumeSlicer, volumes: Iterator[PreprocessedVolume]) -> Volu
     return slicer
 
 
-def _calibrated(model: VolumeModel, volumes: Iterator[HealthyVolume], team: Team) -> VolumeModel:
-    """The model with thresholds for volumes from held-out healthy ones, of which each process has a share."""
+def _train(
+    detector: MaskedDiffusionAnomalyDetector, slices: _Slices, subjects: Sequence[str]
+) -> tuple[list[int], dict[str, float]]:
+    """Fit the detector; the volumes that it holds out, and what plain intensity has as thresholds."""
+    images, masks = slices.mapped()
+    groups = np.asarray(subjects)[slices.owners]
+    detector.fit(images, brain_mask=masks, groups=groups)
+    held_out = list(dict.fromkeys(slices.owners[detector.calibration_rows_].tolist()))
+    return held_out, _intensity_thresholds(images, masks, groups, detector)
+
+
+def _counts(subjects: Sequence[str], slices: _Slices, held_out: list[int]) -> dict[str, int]:
+    """How much data there was, for the card."""
+    return {
+        "subjects": len(set(subjects)),
+        "volumes": len(subjects),
+        "slices": len(slices.owners),
+        "slices_with_lesion_left_out": slices.n_with_lesion,
+        "held_out_volumes": len(held_out),
+    }
+
+
+def _calibrated(
+    model: VolumeModel, healthy: list[int], read: Read, over: Progress, team: Team
+) -> VolumeModel:
+    """The model with thresholds from held-out healthy volumes, of which each process maps a share."""
+    share = team.shares(len(healthy))[team.rank]
     found = []
-    for volume in volumes:
+    for i in over(healthy[share.start : share.stop], "thresholds"):
+        volume = read(i)
         prediction = model.predict(volume.contrasts)
         found.append((prediction.score, prediction.anomaly_map[_judged(model, volume.contrasts[0])]))
     found = list(chain.from_iterable(team.gather(found)))

@@ -38,7 +38,7 @@ class VolumeModel:
     Attributes
     ----------
     detector : MaskedDiffusionAnomalyDetector
-        Of slices.
+        Fitted; it maps the slices.
     card : ModelCard
         How slices are made of volumes, and the thresholds of volumes.
 
@@ -55,6 +55,18 @@ class VolumeModel:
     @classmethod
     def load(cls, path, device="auto") -> VolumeModel:
         """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : path-like
+            Directory of a model that was fitted to volumes.
+        device : str, default="auto"
+            Where the networks run: "auto", "cpu", "cuda", "cuda:1", ...
+
+        Returns
+        -------
+        VolumeModel
+            A model that predicts the same as the one that was saved.
 
         Raises
         ------
@@ -73,11 +85,27 @@ class VolumeModel:
         return cls(detector, card)
 
     def save(self, path) -> None:
-        """Write detector and card to a directory; see `MaskedDiffusionAnomalyDetector.save`."""
+        """Write detector and card to a directory; see `MaskedDiffusionAnomalyDetector.save`.
+
+        Parameters
+        ----------
+        path : path-like
+            A new directory, or one that holds a model already, which is replaced.
+        """
         self.detector.save(path, card=self.card)
 
     def prepare(self, scan: Scan) -> list[PreprocessedVolume]:
         """Preprocess a scan as the training data were.
+
+        Parameters
+        ----------
+        scan : Scan
+            Files of one person, the model's contrasts among them.
+
+        Returns
+        -------
+        list of PreprocessedVolume
+            One for each of the model's contrasts, in their order.
 
         Raises
         ------
@@ -96,8 +124,13 @@ class VolumeModel:
         ----------
         volumes : sequence of PreprocessedVolume
             The model's contrasts, from `prepare` or `madad.volumes.prepared_folder.read_preprocessed`.
-        threshold : float or None
-            Of the map; None = the card's.
+        threshold : float or None, default=None
+            Value of the map, in 0..1, at which a voxel is anomalous. None = the card's.
+
+        Returns
+        -------
+        VolumePrediction
+            Map, components and score on the grid of the first volume.
         """
         assert self.card.slicer is not None
         threshold = self.threshold if threshold is None else threshold
@@ -106,7 +139,20 @@ class VolumeModel:
         )
 
     def predict_from_intensity(self, volumes: Sequence[PreprocessedVolume], name: str) -> VolumePrediction:
-        """What `predict` gives, by plain intensity: one of `INTENSITY`, which learns nothing."""
+        """Predict by plain intensity, which learns nothing.
+
+        Parameters
+        ----------
+        volumes : sequence of PreprocessedVolume
+            The model's contrasts, as for `predict`.
+        name : str
+            Name of the variant, one of `INTENSITY`.
+
+        Returns
+        -------
+        VolumePrediction
+            What `predict` would give, with the map of `IntensityThreshold` and its threshold in the card.
+        """
         assert self.card.slicer is not None
         images, masks, _ = slices_of_contrasts(self.card.slicer, volumes)
         two = [0, -1]  # it learns nothing, but wants two slices
@@ -119,17 +165,28 @@ class VolumeModel:
 
     @property
     def threshold(self) -> float:
-        """Voxels of a map that reach it are anomalous."""
+        """Voxels of a map that reach it are anomalous: a float in 0..1."""
         of_volumes = self.card.volume_threshold
         return self.detector.map_threshold_ if of_volumes is None else of_volumes
 
     @property
     def offset(self) -> float:
-        """Scores of volumes below it are anomalous."""
+        """Scores of volumes below it are anomalous: a float."""
         return self.detector.offset_ if self.card.volume_offset is None else self.card.volume_offset
 
     def doubts(self, volumes: Sequence[PreprocessedVolume]) -> list[str]:
-        """Why a prediction may mean little: a poor registration, or intensities of another contrast."""
+        """Say why a prediction may mean little: a poor registration, or intensities of another contrast.
+
+        Parameters
+        ----------
+        volumes : sequence of PreprocessedVolume
+            The model's contrasts, as for `predict`.
+
+        Returns
+        -------
+        list of str
+            A sentence or two for each doubt; empty without.
+        """
         found = []
         for contrast, volume in zip(self.card.contrasts, volumes, strict=True):
             found += registration_warnings(volume)

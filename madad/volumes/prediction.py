@@ -22,14 +22,14 @@ class Component(NamedTuple):
     Attributes
     ----------
     label : int
-        Its number in `VolumePrediction.labels`; 1 has the highest peak.
+        Number of the component in `VolumePrediction.labels`; 1 has the highest peak.
     volume_ml : float
         Size in millilitres of the scan, not of the template.
     peak : float
         Largest value of the map, in 0..1.
     peak_mm, center_mm : tuple of 3 floats
-        Of the peak and of the centre of mass: world mm (right, front, up) of the grid that was mapped, which
-        is the template's where the volume was brought there.
+        Where the peak and the centre of mass lie: world mm (right, front, up) of the grid that was mapped,
+        which is the template's where the volume was brought there.
     """
 
     label: int
@@ -48,13 +48,13 @@ class VolumePrediction:
     anomaly_map : ndarray of shape (X, Y, Z), float32 in 0..1
         0 outside the brain and where no slice was cut.
     labels : ndarray of shape (X, Y, Z), int32
-        Which component each voxel is of; 0 = none.
+        Number of the component that each voxel is of; 0 = none.
     components : list of Component
         From the highest peak down.
     score : float
         Higher = more normal, as `score_samples`: minus the mean of the largest 1 % of the map.
     preprocessed : PreprocessedVolume
-        Of several contrasts the first.
+        The volume that was mapped; of several contrasts the first.
     """
 
     anomaly_map: np.ndarray
@@ -64,7 +64,15 @@ class VolumePrediction:
     preprocessed: PreprocessedVolume
 
     def on_source(self) -> tuple[np.ndarray, np.ndarray]:
-        """Map (float32) and labels (int32) on the canonical grid of the scan, for `write_like`."""
+        """Bring map and labels to the canonical grid of the scan, for `madad.mri.write_like`.
+
+        Returns
+        -------
+        anomaly_map : ndarray of the shape of the scan, float32
+            The map in 0..1; 0 outside the brain.
+        labels : ndarray of the shape of the scan, int32
+            Number of the component that each voxel is of; 0 = none.
+        """
         return self.preprocessed.to_source(self.anomaly_map), self.preprocessed.to_source(self.labels)
 
 
@@ -89,19 +97,21 @@ def predict_volume(
         (`VolumePreprocessor.preprocess_contrasts`).
     slicer : VolumeSlicer
         Fitted; how the slices were cut that the detector was trained on.
-    threshold : float or None
-        Of the map, in 0..1; None = the detector's, which was calibrated on the maps of single slices.
-    smoothing_mm : float
-        Standard deviation of a Gaussian across slices, along their axis alone: within the slice the detector
-        smooths. 0 = none.
-    median_slices : int
+    threshold : float or None, default=None
+        Value of the map, in 0..1, at which a voxel is anomalous. None = the detector's, which was calibrated
+        on the maps of single slices.
+    smoothing_mm : float, default=0.0
+        Standard deviation in mm, from 0, of a Gaussian across slices, along their axis alone: within the
+        slice the detector smooths. 0 = none.
+    median_slices : int, default=1
         Median over so many neighbouring slices, an odd number; 1 = none.
-    min_volume_ml : float
-        Smaller components are left out of `labels` and `components`.
+    min_volume_ml : float, default=0.0
+        Components smaller than so many ml of the scan are left out of `labels` and `components`; from 0.
 
     Returns
     -------
     VolumePrediction
+        Map, components and score on the grid of the preprocessed volume.
 
     Raises
     ------
@@ -130,7 +140,17 @@ def predict_volume(
 
 
 def check_aggregation(smoothing_mm: float = 0.0, median_slices: int = 1, min_volume_ml: float = 0.0) -> None:
-    """Raise ValueError for parameters of `predict_volume` outside their ranges."""
+    """Raise ValueError for parameters of `predict_volume` outside their ranges.
+
+    Parameters
+    ----------
+    smoothing_mm : float, default=0.0
+        Width of the smoothing across slices in mm, which must be finite and 0 or more.
+    median_slices : int, default=1
+        Slices that a median is taken over, which must be odd and 1 or more.
+    min_volume_ml : float, default=0.0
+        Volume of the smallest component in ml, which must be finite and 0 or more.
+    """
     if median_slices < 1 or median_slices % 2 == 0:
         raise ValueError(
             f"median_slices must be an odd number above 0, got {median_slices!r}. 1 is no filter."
@@ -148,16 +168,18 @@ def slices_of_contrasts(
     Parameters
     ----------
     slicer : VolumeSlicer
-        Fitted.
+        Fitted; how the slices are cut.
     preprocessed : sequence of PreprocessedVolume
-        On one grid.
+        The contrasts in the order of the detector's channels, on one grid.
 
     Returns
     -------
     images : ndarray of shape (n, H, W), or (n, C, H, W) of several contrasts; float32
+        The slices, in 0..1 with the background 0.
     brain_masks : ndarray of shape (n, H, W), bool
-        Of the first contrast.
+        True = brain of the first contrast.
     geometry : SliceGeometry
+        Where the slices lie in the volume.
 
     Raises
     ------
@@ -186,18 +208,20 @@ def find_components(
     Parameters
     ----------
     anomaly_map : ndarray of shape (X, Y, Z), in 0..1
+        The map; higher = more anomalous.
     threshold : float
-        Voxels at or above it, and above 0.
+        Voxels at or above it, and above 0, are connected; in 0..1.
     affine : ndarray of shape (4, 4)
         Voxel indices to world mm.
-    min_volume_ml : float
-        Smaller ones are left out.
-    scale : float
-        Millilitres of the scan per millilitre of this grid.
+    min_volume_ml : float, default=0.0
+        Components smaller than so many ml of the scan are left out; from 0.
+    scale : float, default=1.0
+        Millilitres of the scan per millilitre of this grid, above 0.
 
     Returns
     -------
     labels : ndarray of shape (X, Y, Z), int32
+        Number of the component that each voxel is of; 0 = none.
     components : list of Component
         From the highest peak down.
     """

@@ -33,13 +33,16 @@ def preprocess_scan(
     Parameters
     ----------
     preprocessor : VolumePreprocessor
+        How the brain is found, placed and scaled.
     scan : Scan
-    contrasts : sequence of str or None
-        Which, and in which order; None = all, those of `NAMES` first and in its order.
+        Files of one person in one session.
+    contrasts : sequence of str or None, default=None
+        The contrasts wanted, in the order wanted. None = all, those of `NAMES` first and in its order.
 
     Returns
     -------
     dict of str to PreprocessedVolume
+        The volume of each contrast, all on one grid and with one brain mask.
 
     Notes
     -----
@@ -76,7 +79,25 @@ def _reference(scan: Scan) -> str:
 
 
 def bids_name(contrast: str) -> tuple[str, str]:
-    """Entity and suffix of a contrast in BIDS names; a ValueError says which contrasts have one."""
+    """Tell what BIDS calls a contrast.
+
+    Parameters
+    ----------
+    contrast : str
+        Name of the contrast, one of `NAMES`.
+
+    Returns
+    -------
+    entity : str
+        An entity, such as "ce-gadolinium", or "".
+    suffix : str
+        The suffix of file names, such as "T1w".
+
+    Raises
+    ------
+    ValueError
+        If BIDS has no name for it here.
+    """
     try:
         return NAMES[contrast]
     except KeyError:
@@ -86,7 +107,18 @@ def bids_name(contrast: str) -> tuple[str, str]:
 
 
 def registration_warnings(volume: PreprocessedVolume) -> list[str]:
-    """What a reader should know of how a volume was brought to its grid."""
+    """Say what a reader should know of how a volume was brought to its grid.
+
+    Parameters
+    ----------
+    volume : PreprocessedVolume
+        The volume, with its registration if there was one.
+
+    Returns
+    -------
+    list of str
+        A sentence if the registration is poor, else nothing.
+    """
     registration = volume.registration
     if registration is None or not registration.is_poor:
         return []
@@ -98,7 +130,25 @@ def registration_warnings(volume: PreprocessedVolume) -> list[str]:
 
 
 def lesion_on_grid(scan: Scan, volumes: Iterable[PreprocessedVolume]) -> np.ndarray:
-    """A scan's lesion mask on the grid of its preprocessed volumes; it may be drawn on any contrast."""
+    """Bring a scan's lesion mask to the grid of its preprocessed volumes.
+
+    Parameters
+    ----------
+    scan : Scan
+        A scan with a lesion mask, drawn on any of its contrasts.
+    volumes : iterable of PreprocessedVolume
+        Contrasts of the scan.
+
+    Returns
+    -------
+    ndarray of shape (X, Y, Z), bool
+        True = lesion, on the grid that the volumes share.
+
+    Raises
+    ------
+    ValueError
+        If the mask is on the grid of none of the contrasts, or cannot be read.
+    """
     mask = read_volume(scan.lesion_mask)
     volumes = list(volumes)
     drawn_on = next((volume for volume in volumes if same_grid(volume.source, mask)), None)
@@ -109,6 +159,17 @@ def lesion_on_grid(scan: Scan, volumes: Iterable[PreprocessedVolume]) -> np.ndar
 
 
 def in_order(names) -> list[str]:
-    """Contrasts in the order of `NAMES`, then those of other names."""
+    """Put contrasts in the order of `NAMES`, then those of other names.
+
+    Parameters
+    ----------
+    names : collection of str
+        Contrasts in any order.
+
+    Returns
+    -------
+    list of str
+        The same contrasts in one order.
+    """
     known = [name for name in NAMES if name in names]
     return known + sorted(set(names) - set(known))

@@ -38,9 +38,9 @@ class PreprocessedFiles:
     Attributes
     ----------
     scan : Scan
-        Whose ``images`` are the preprocessed ones, by contrast.
+        The person; its ``images`` are the preprocessed ones, by contrast.
     sidecars : dict of str to dict
-        What was noted of each contrast.
+        What the sidecar of each contrast holds.
     expert_mask : Path or None
         The lesion mask as it came, on the scan's own grid; ``scan.lesion_mask`` is on that of the images.
     """
@@ -62,14 +62,14 @@ def write_preprocessed(
     scan : Scan
         What the volumes were made from.
     volumes : dict of str to PreprocessedVolume
-        Of each contrast; from `preprocess_scan`.
-    notes : sequence of str
+        The volume of each contrast, from `preprocess_scan`.
+    notes : sequence of str, default=()
         Further warnings, for the sidecars.
 
     Returns
     -------
     list of str
-        All warnings.
+        The notes and the warnings of the registrations.
     """
     first = next(iter(volumes.values()))
     space = None if first.registration is None else TEMPLATE_SPACE
@@ -112,7 +112,21 @@ def write_preprocessed(
 
 
 def is_preprocessed_whole(folder: Derivative, scan: Scan, *, template: bool) -> bool:
-    """Whether all contrasts of a scan, and its lesion mask, are there.
+    """Tell whether all contrasts of a scan, and its lesion mask, are there.
+
+    Parameters
+    ----------
+    folder : Derivative
+        The folder that `write_preprocessed` wrote to.
+    scan : Scan
+        The scan as it came.
+    template : bool
+        Whether the volumes should be on the template's grid.
+
+    Returns
+    -------
+    bool
+        False also if the scan has a contrast that BIDS has no name for.
 
     Raises
     ------
@@ -132,7 +146,17 @@ def is_preprocessed_whole(folder: Derivative, scan: Scan, *, template: bool) -> 
 
 
 def find_preprocessed(folder: Derivative) -> list[PreprocessedFiles]:
-    """What `write_preprocessed` wrote, by subject and session.
+    """Find what `write_preprocessed` wrote.
+
+    Parameters
+    ----------
+    folder : Derivative
+        The folder that it wrote to.
+
+    Returns
+    -------
+    list of PreprocessedFiles
+        One for each subject and session, in ascending order.
 
     Raises
     ------
@@ -182,15 +206,19 @@ def read_preprocessed(
     Parameters
     ----------
     folder : Derivative
+        The folder that `write_preprocessed` wrote to.
     files : PreprocessedFiles
+        One person's files, from `find_preprocessed`.
     contrasts : sequence of str
-    needs_source : bool
+        The contrasts wanted, in the order wanted.
+    needs_source : bool, default=True
         Whether results are to be brought to the scan's own grid. False reads no file but the preprocessed
         ones; ``source`` is then the preprocessed volume.
 
     Returns
     -------
     list of PreprocessedVolume
+        The volume of each of `contrasts`.
 
     Raises
     ------
@@ -211,7 +239,13 @@ def read_preprocessed(
 
 
 def write_preprocessing_table(folder: Derivative) -> None:
-    """Write ``preprocessing.tsv``, one row for each contrast of each scan, from the sidecars."""
+    """Write ``preprocessing.tsv``, one row for each contrast of each scan, from the sidecars.
+
+    Parameters
+    ----------
+    folder : Derivative
+        The folder that `write_preprocessed` wrote to.
+    """
 
     def rows():
         for (subject, session), contrasts in sorted(_sidecars_by_scan(folder).items()):

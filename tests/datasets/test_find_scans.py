@@ -56,11 +56,6 @@ def message_of(inputs, error=ValueError, **options):
     return str(raised.value)
 
 
-def test_a_name_of_a_scan():
-    assert scan_name(Scan("01", {})) == "sub-01"
-    assert scan_name(Scan("01", {}, session="2")) == "sub-01_ses-2"
-
-
 def test_real_names(touch):
     ms, brats, ixi = "lesion_ms_patient07", "lesion_Brats18_TCIA10_639_1", "healthy_IXI012-HH-1211_T1_2mm"
     root = touch(

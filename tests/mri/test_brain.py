@@ -44,7 +44,7 @@ def test_given_mask_is_returned_as_it_is_before_all_others(steps):
     asked, _ = steps
     given = np.zeros(SHAPE, dtype=np.uint8)
     given[2, 2, 2] = given[9, 9, 9] = 3
-    brain, made_by = find_brain(stripped_brain(), AFFINE, given=given)
+    brain, made_by = find_brain(stripped_brain(), AFFINE, brain_mask=given)
     assert made_by == "given"
     assert brain.dtype == bool
     np.testing.assert_array_equal(brain, given > 0)
@@ -127,9 +127,9 @@ def test_clean_mask_of_nothing_is_nothing():
         ({"values": np.full(SHAPE, np.nan)}, ["values", "finite", "64000 voxels"]),
         ({"values": np.zeros((4, 4))}, ["values", "(4, 4)"]),
         ({"affine": np.eye(3)}, ["affine", "(3, 3)"]),
-        ({"given": np.ones((2, 2, 2))}, ["given", "(2, 2, 2)", "(40, 40, 40)"]),
-        ({"given": np.zeros(SHAPE)}, ["given", "none"]),
-        ({"given": ball(70), "method": "deepbet"}, ["method", "'auto'", "'deepbet'"]),
+        ({"brain_mask": np.ones((2, 2, 2))}, ["brain_mask", "(2, 2, 2)", "(40, 40, 40)"]),
+        ({"brain_mask": np.zeros(SHAPE)}, ["brain_mask", "none"]),
+        ({"brain_mask": ball(70), "method": "deepbet"}, ["method", "'auto'", "'deepbet'"]),
         ({"values": stripped_brain() + 1, "method": "stripped"}, ["values", "0.00 by 'stripped'"]),
     ],
 )
@@ -167,9 +167,11 @@ def test_command_gets_the_volume_and_returns_the_mask(tmp_path, monkeypatch, nam
         "mask = (image.get_fdata() > 50).astype(np.uint8)\n"
         "nib.save(nib.Nifti1Image(mask, image.affine), mask_name)",
     )
-    brain, made_by = find_brain(stripped_brain() + 1, AFFINE, method=name)
-    assert made_by == name
-    np.testing.assert_array_equal(brain, ball(70))
+    off_center = ball(70, (18, 20, 22))
+    for affine in (AFFINE, AFFINE @ np.diag([-1, 1, 1, 1])):
+        brain, made_by = find_brain(np.where(off_center, 100.0, 1), affine, method=name)
+        assert made_by == name
+        np.testing.assert_array_equal(brain, off_center)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="plants a program by its first line")

@@ -99,6 +99,7 @@ def test_voxels_keep_their_place_in_the_world(grid):
     x, y, z = np.round(found).astype(int)
     assert min(x.min(), y.min(), z.min()) == 0
     np.testing.assert_array_equal(volume.values[x, y, z], image.get_fdata().ravel())
+    np.testing.assert_array_equal(volume.in_file_order(volume.values), image.get_fdata())
     assert volume.values.dtype == np.float32 and volume.values.flags.c_contiguous
     assert sorted(volume.spacing_mm) == pytest.approx(sorted(MM))
 
@@ -114,7 +115,10 @@ def test_slope_and_intercept_are_applied(tmp_path):
     image = image_of()
     image.header.set_slope_inter(0.5, -3)
     path = save(image, tmp_path / "scaled.nii.gz")
-    np.testing.assert_array_equal(read_volume(path).values, numbered() * np.float32(0.5) - 3)
+    volume = read_volume(path)
+    np.testing.assert_array_equal(volume.values, numbered() * np.float32(0.5) - 3)
+    assert volume.stored_dtype == np.float64 and read_volume(image).stored_dtype == np.int16
+    assert read_volume(save(image_of(), tmp_path / "plain.nii")).stored_dtype == np.int16
 
 
 def test_a_volume_shares_no_memory_and_needs_no_file(tmp_path):
