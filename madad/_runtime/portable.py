@@ -20,6 +20,7 @@ import dataclasses
 from typing import Any, Self
 
 import numpy as np
+import torch
 
 from madad._runtime.random import isolated_seed
 from madad._runtime.tensors import state_from_numpy, state_to_numpy
@@ -44,8 +45,23 @@ class PortableNetwork:
     config: Any
 
     def to_saved(self) -> tuple[Any, dict[str, np.ndarray]]:
-        """The network's ``config``, and its weights as arrays by name."""
-        return self.config, state_to_numpy(self)  # type: ignore[arg-type]
+        """The network's ``config``, and its weights as arrays by name.
+
+        Raises
+        ------
+        TypeError
+            If they are not those of such a network, since someone changed a layer.
+        """
+        weights = state_to_numpy(self)  # type: ignore[arg-type]
+        with torch.device("meta"):  # shapes alone: nothing is drawn or allocated
+            expected: Any = type(self)(self.config)  # type: ignore[call-arg]
+        shapes = {(name, tuple(value.shape)) for name, value in expected.state_dict().items()}
+        if changed := sorted(shapes ^ {(name, value.shape) for name, value in weights.items()}):
+            raise TypeError(
+                f"{type(self).__name__} must have the weights of its config to be saved, got {changed[:4]} "
+                f"in one and not in the other. Keep such a network with torch.save."
+            )
+        return self.config, weights
 
     @classmethod
     def from_saved(cls, description: Any, tensors: dict[str, np.ndarray]) -> Self:

@@ -1,6 +1,7 @@
 """What `save` and `load` keep is tested with the detector; here what they refuse, part by part."""
 
 import json
+import pickle
 from dataclasses import dataclass
 
 import numpy as np
@@ -236,7 +237,7 @@ def contents(folder):
 def check_refused(detector, saved, name, value, advice):
     before = contents(saved.parent)
     for path in (saved, saved.parent / "new"):
-        with pytest.raises(TypeError, match=f"^{name} must be .*to be saved.*{advice}") as caught:
+        with pytest.raises(TypeError, match=f"^{name} must (be|have) .*to be saved.*{advice}") as caught:
             detector.save(path)
         assert value in str(caught.value)
     assert contents(saved.parent) == before and [entry.name for entry in saved.parent.iterdir()] == ["model"]
@@ -248,6 +249,23 @@ def test_a_parameter_that_load_could_not_rebuild_is_refused_by_save(kind, saved)
     name, value, shown = UNREBUILDABLE[kind]
     detector = MaskedDiffusionAnomalyDetector.load(saved).set_params(**{name.split("\\")[0]: value})
     check_refused(detector, saved, name, f"got {shown}", "or keep the estimator with joblib")
+
+
+@pytest.mark.parametrize("part", ["denoiser_", "autoencoder_"])
+def test_a_network_with_other_layers_than_its_config_says_is_refused(part, saved):
+    detector = MaskedDiffusionAnomalyDetector.load(saved)
+    network = detector.denoiser_ if part == "denoiser_" else detector.autoencoder_.network_
+    network.extra = nn.Linear(1, 1)
+    check_refused(detector, saved, type(network).__name__, "('extra.bias', (1,))", "Keep such a network")
+
+
+def test_an_autoencoder_is_still_shared_after_pickling(saved):
+    detector = MaskedDiffusionAnomalyDetector.load(saved)
+    detector.autoencoder = FrozenEstimator(detector.autoencoder_)
+    pickle.loads(pickle.dumps(detector)).save(saved)
+    loaded = MaskedDiffusionAnomalyDetector.load(saved)
+    assert loaded.autoencoder.estimator is loaded.autoencoder_
+    np.testing.assert_array_equal(loaded.predict_maps(X), detector.predict_maps(X))
 
 
 def test_another_shared_autoencoder_than_the_one_fitted_with_is_refused(saved):
