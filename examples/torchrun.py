@@ -34,8 +34,7 @@ def main(arguments=None):
 
     healthy = make_brain_slices(options.n_slices, size=options.size, slices_per_subject=2, random_state=0)
     first, second = (
-        Trainer(max_steps=options.steps, batch_size=options.batch_size, learning_rate=2e-3)
-        for _ in range(2)
+        Trainer(max_steps=options.steps, batch_size=options.batch_size, learning_rate=2e-3) for _ in range(2)
     )
     detector = MaskedDiffusionAnomalyDetector(
         autoencoder=LatentAutoencoder(trainer=first), denoiser="tiny", trainer=second, random_state=0

@@ -102,8 +102,7 @@ def train_denoiser(
     history : list of dict
         See `Trainer.optimise`.
     """
-    trainer = trainer.resolved()
-    loss = make_objective(**objective)
+    loss, trainer = make_objective(**objective), trainer.resolved()
     generator = generator_from(seed)
     train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, seed)
     team = join(resolve_device(autoencoder.device))
