@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Self
 
@@ -31,6 +30,7 @@ from madad._runtime.tensors import (
     to_network,
 )
 from madad.base.check_slices import as_numpy
+from madad.base.network_batches import network_batches
 from madad.base.sklearn_callbacks import NO_TASK, CallbackSupport, FitTask, with_callbacks
 from madad.base.slice_estimator import SliceEstimator
 from madad.base.slice_stack import SliceStack
@@ -289,8 +289,8 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         stack = self._check_slices(X)
         device, latents = self._to_device(), []
         with inference(self.network_):
-            for index, n_valid in fixed_batches(len(stack), self.batch_size_of(device)):
-                mean, _ = self.encode(self.pad(to_network(stack.images(index), device)))
+            for _, x, _, n_valid in network_batches(stack, self.batch_size_of(device), device):
+                mean, _ = self.encode(self.pad(x))
                 latents.append(mean[:n_valid].float().cpu().numpy())
         return np.concatenate(latents)
 
@@ -347,8 +347,9 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         latents: list[Tensor] = []
         variances: list[Tensor] = []
         with inference(self.network_):
-            for x, inside, n_valid in self._batches(stack, device):
+            for _, x, brain, n_valid in network_batches(stack, self.batch_size_of(device), device):
                 mean, logvar = self.encode(self.pad(x))
+                inside = self.brain_fraction(brain[:n_valid], device)[:, 0] > 0
                 originals.append(to_images(x[:n_valid]))
                 copies.append(to_images(self.decode(mean)[:n_valid]))
                 for parts, values in ((latents, mean), (variances, logvar.exp())):
@@ -541,15 +542,10 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         share = team.shares(len(stack))[team.rank]
         own = stack.subset(np.arange(share.start, share.stop))
         with inference(self.network_):
-            for x, inside, n_valid in self._batches(own, device):
+            for _, x, brain, n_valid in network_batches(own, self.batch_size_of(device), device):
+                inside = self.brain_fraction(brain[:n_valid], device)[:, 0] > 0
                 moments.add(self.network_.encode(self.pad(x)).mean[:n_valid], inside)
         return moments.statistics(team)
-
-    def _batches(self, stack: SliceStack, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Network images, latent positions with brain (n_valid, h, w), and how many slices count."""
-        for index, n_valid in fixed_batches(len(stack), self.batch_size_of(device)):
-            inside = self.brain_fraction(stack.brain(index), device)[:n_valid, 0] > 0
-            yield to_network(stack.images(index), device), inside, n_valid
 
     def _to_device(self) -> torch.device:
         device = resolve_device(self.device)

@@ -18,6 +18,7 @@ class Share:
     Parameters
     ----------
     team : Team
+        The processes that train together, or one alone.
     batch_size : int
         Samples of a step in all processes together.
     shared : torch.Generator

@@ -25,13 +25,15 @@ class TrainingRun:
     Parameters
     ----------
     module : nn.Module
+        What is trained, on its device.
     rival : nn.Module or None
         Trained alternately with the module.
     generator : torch.Generator
+        Of the samples' order and of what losses draw.
     team : Team
         Its first process gives all of them its initial weights and the state of its generator.
     batch_size : int
-        Of all processes together.
+        Samples of a step of all processes together, 1 or more for each.
     learning_rate, weight_decay, ema_decay : float
         See `madad.training.Trainer`.
 
@@ -49,6 +51,7 @@ class TrainingRun:
         When training began by the monotonic clock, as if it had never been interrupted; seconds of training
         so far; and those before the current record.
     history : list of dict
+        The records so far; see `madad.training.Trainer.optimise`.
     order : Tensor of shape (n_samples,) or None
         The samples of the current epoch.
     best_loss, n_unimproved : float, int

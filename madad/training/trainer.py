@@ -143,74 +143,78 @@ class Trainer(BaseEstimator):
 
     None, in any parameter, is the default of what is trained: for the two stages of a
     `madad.MaskedDiffusionAnomalyDetector` what its preset has (``"autoencoder_training"`` and
-    ``"denoiser_training"`` of `madad.presets.PRESETS`), for baselines their own, and for the rest, for a
-    `madad.LatentAutoencoder` fitted alone and for `optimise` the number named last below
-    (`madad.training.trainer.DEFAULTS`). ``math.inf`` switches a bound off.
+    ``"denoiser_training"`` of `madad.presets.PRESETS`), for baselines their own, and for what these leave
+    open, for a `madad.LatentAutoencoder` fitted alone and for `optimise` the default that is named here
+    (`madad.training.trainer.DEFAULTS`).
 
     Parameters
     ----------
     max_epochs : float or None
-        Passes over the samples, above 0; 100. The first of ``max_epochs``, ``max_steps`` and ``max_time``
-        that is reached ends the training. A bound that is left at None still holds: ``Trainer(2)`` means two
-        epochs at most, and no more steps than the preset has. ``math.inf`` switches it off.
+        Passes over the samples, above 0. The first of ``max_epochs``, ``max_steps`` and ``max_time`` that is
+        reached ends the training. A bound that is left at None still holds: ``Trainer(2)`` means two epochs
+        at most, and no more steps than the preset has. ``math.inf`` switches a bound off. Default: 100.
     max_steps : float or None
-        Steps of the optimiser, above 0; ``math.inf``, no bound.
+        Steps of the optimiser, above 0. Default: ``math.inf``, no bound.
     max_time : float or None
-        Seconds, above 0, those before an interruption included; ``math.inf``, no bound. With a bound, the
-        learning rate decays with the time that has passed, and results depend on the machine. The
-        ``max_time`` of a detector is for both its stages; of a stage's share of it and this, the smaller
-        holds.
+        Seconds, above 0, those before an interruption included. With a bound, the learning rate decays with
+        the time that has passed, and results depend on the machine. The ``max_time`` of a detector is for
+        both its stages; of a stage's share of it and this, the smaller holds. Default: ``math.inf``, no
+        bound.
     clock : {"wall", "cpu"} or None
         What ``max_time`` and ``checkpoint_every_s`` count and speeds are given in: seconds of a clock on the
         wall, or those in which a CPU worked for the process, all its threads together. Other jobs on a shared
-        machine do not use up the latter, and a GPU's work hardly does: use it on CPUs. ``"wall"``.
+        machine do not use up the latter, and a GPU's work hardly does: use it on CPUs. Default: ``"wall"``.
     batch_size : int, "auto" or None
-        Samples of a step, of all processes together; ``"auto"``, 32, or fewer where samples are large. There
-        are never more than samples.
+        Samples of a step, above 0, of all processes together, and never more than there are. ``"auto"`` is
+        32, or fewer where samples are large. Default: ``"auto"``.
     learning_rate : float or None
-        Peak learning rate, above 0; 0.001.
+        Peak learning rate, above 0. Default: 0.001.
     weight_decay : float or None
-        AdamW's decoupled weight decay, 0 or more; 0.0001.
+        AdamW's decoupled weight decay, 0 or more. Default: 0.0001.
     warmup_fraction : float or None
-        Share of training, 0..1 without 1, over which the learning rate rises linearly; 0.05.
+        Share of training, 0..1 without 1, over which the learning rate rises linearly. Default: 0.05.
     ema_decay : float or None
         Decay, 0..1 without 1, of the exponential moving average of the weights that the module ends with; 0
-        switches it off; 0.995.
+        switches it off. Default: 0.995.
     gradient_clip : float or None
         Largest norm of the gradient of all weights together, above 0: a longer one is scaled down to it.
-        ``math.inf`` switches it off; 1.
+        ``math.inf`` switches it off. Default: 1.
     precision : {"auto", "float32", "bfloat16"} or None
         Of the losses' arithmetic; weights are float32. ``"auto"`` is bfloat16 on a GPU that has it and
-        float32 elsewhere. bfloat16 on a CPU pays where the CPU has matrix units for it. ``"auto"``.
+        float32 elsewhere. bfloat16 on a CPU pays where the CPU has matrix units for it.
+        Default: ``"auto"``.
     validation_fraction : float or None
-        Share of the samples, 0..1 without 1, that an estimator holds out to choose the weights by; 0, none.
+        Share of the samples, 0..1 without 1, that an estimator holds out to choose the weights by.
+        Default: 0, none.
     validate_every : int, "epoch" or None
-        Steps between two validations, above 0; ``"epoch"``, one after each epoch. The last step is followed
-        by one in any case.
+        Steps between two validations, above 0; ``"epoch"`` is one after each epoch. The last step is followed
+        by one in any case. Default: ``"epoch"``.
     patience : int, math.inf or None
-        Validations in a row without a lower loss after which training stops, above 0; ``math.inf``, never.
+        Validations in a row without a lower loss after which training stops, above 0.
+        Default: ``math.inf``, never.
     checkpoint_dir : path-like or None
         Where runs are written down, a file for each. The same call finds its file again: it goes on where
-        an interrupted run was, and reads a finished one back at once. None, nowhere.
+        an interrupted run was, and reads a finished one back at once. Default: None, nowhere.
     checkpoint_every_s : float or None
-        Seconds between two checkpoints; 0 = after each step, ``math.inf`` = at the end alone; 300.
+        Seconds between two checkpoints; 0 = after each step, ``math.inf`` = at the end alone. Default: 300.
     resume : {"auto", False} or None
-        ``"auto"`` goes on from a checkpoint; ``False`` starts anew and overwrites it. ``"auto"``.
-    callbacks : tuple of callables (state) -> None or "stop", or None
+        ``"auto"`` goes on from a checkpoint; ``False`` starts anew and overwrites it.
+        Default: ``"auto"``.
+    callbacks : tuple or list of callables (state) -> None or "stop", or None
         Called with a `TrainingState` after each record of the history. ``"stop"`` ends the training, as if
-        its last step were done. ``()``.
+        its last step were done. Default: none.
     compile : bool or None
-        Run the module through ``torch.compile``; False.
+        Run the module through ``torch.compile``. Default: False.
     channels_last : bool or None
-        Keep the weights in channels-last format while training; False.
+        Keep the weights in channels-last format while training. Default: False.
     accumulate : int or None
         Parts, 1 or more, in which each batch is computed, one after the other. Their gradients are added up
         to that of the batch, so that memory is needed for one part alone: a step is the same but for rounding
-        and for what its loss draws. 1, all at once.
+        and for what its loss draws. Default: 1, all at once.
     activation_checkpointing : bool or None
         Keep the activations of few layers, and compute the others' a second time when gradients are due: less
         memory, more time, and the same weights bit by bit. It has an effect on networks whose blocks can, as
-        those of `madad.nn` do. False.
+        those of `madad.nn` do. Default: False.
 
     Notes
     -----
@@ -331,7 +335,13 @@ class Trainer(BaseEstimator):
         return {name: value for name, value in self.get_params(deep=False).items() if value is not None}
 
     def max_records(self, n_samples: int, batch_size: int = 32) -> int | None:
-        """The most records that `optimise` may give with these arguments; None where that is open."""
+        """The most records that `optimise` may give; None where that is open.
+
+        Parameters
+        ----------
+        n_samples, batch_size : int
+            As `optimise` is given them.
+        """
         trainer: Any = self.resolved()
         _, n_batches, total_steps = trainer._extent(n_samples, batch_size)
         if math.isfinite(trainer.max_time) or trainer.validate_every != "epoch" or math.isinf(total_steps):
@@ -374,12 +384,13 @@ class Trainer(BaseEstimator):
             The mean over the samples ``index`` of the batch; ``step`` counts the steps done before; ``parts``
             are named terms for the history.
         n_samples : int
+            Number of samples to train on, 1 or more; ``loss`` is asked for 0..``n_samples - 1``.
         generator : torch.Generator
             The only source of randomness: order of the samples, and whatever ``loss`` draws. Dropout draws
             from torch's global one; see `madad._runtime.random.isolated_seed`. ``loss`` is to draw from the
             one that it is given: of several processes each has another at each step.
         batch_size : int
-            What ``"auto"`` is where samples are small enough.
+            Samples of a step, 1 or more, where the trainer's own is ``"auto"``.
         rival : nn.Module or None
             Trained alternately with the module, as a discriminator is, with an optimiser of its own.
         rival_loss : callable (rival, index, generator, step) -> (loss, parts) or None

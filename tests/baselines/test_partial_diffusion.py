@@ -15,6 +15,7 @@ from madad.baselines.partial_diffusion import ImplicitGuidanceDiffusion, Partial
 from madad.baselines.simplex import simplex_noise
 from madad.diffusion import MaskedDDIM, NoiseSchedule
 from madad.nn import UNetConfig
+from madad.training.loop import TrainingLoop
 
 CLASSES = (PartialDiffusion, ImplicitGuidanceDiffusion)
 NOISES = ("gaussian", "simplex")
@@ -310,13 +311,13 @@ def test_save_pickle_and_clone_keep_everything(cls, noise, tmp_path):
 
 
 def test_both_share_one_training(tmp_path, monkeypatch):
-    steps, step = [], Trainer._step
+    steps, step = [], TrainingLoop._step
 
-    def counting(self, run, task):
-        steps.append(run.step)
-        return step(self, run, task)
+    def counting(loop):
+        steps.append(loop.run.step)
+        return step(loop)
 
-    monkeypatch.setattr(Trainer, "_step", counting)
+    monkeypatch.setattr(TrainingLoop, "_step", counting)
     trainer = Trainer(2, max_steps=5, checkpoint_dir=tmp_path)
     first = tiny(trainer=trainer).fit(HEALTHY)
     assert len(steps) == first.history_[-1]["step"] > 0

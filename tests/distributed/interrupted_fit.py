@@ -9,22 +9,23 @@ import torch.distributed as dist
 
 from madad import cli
 from madad._runtime.distributed import leads
-from madad.training import Trainer, graceful_stop
+from madad.training import graceful_stop
+from madad.training.loop import TrainingLoop
 
-step = Trainer._step
+step = TrainingLoop._step
 
 
-def interrupted(trainer, run, task):
-    if task.stage == "denoiser" and run.step == 5 and not leads():
+def interrupted(loop):
+    if loop.plan.stage == "denoiser" and loop.run.step == 5 and not leads():
         os.kill(os.getppid(), signal.SIGTERM)
         with graceful_stop() as stop:  # that of the fit
             while stop.signal is None:
                 time.sleep(0.01)
-    step(trainer, run, task)
+    step(loop)
 
 
 if __name__ == "__main__":
-    Trainer._step = interrupted
+    TrainingLoop._step = interrupted
     dist.init_process_group("gloo")  # a group that is there already serves as well
     status = cli.main(sys.argv[1:])
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ Each function gets a folder of its own that the processes share, and returns wha
 """
 
 import hashlib
+import math
 import pickle
 import signal
 import sys
@@ -216,7 +217,7 @@ def facts_of(detector):
 
 def detector(folder):
     """From training to a model on disk, with predictions of one process alone."""
-    first, second = (Trainer(6, batch_size=8, learning_rate=3e-3) for _ in range(2))
+    first, second = (Trainer(6, max_steps=math.inf, batch_size=8, learning_rate=3e-3) for _ in range(2))
     stages = {"autoencoder": LatentAutoencoder("tiny", trainer=first), "trainer": second}
     fitted = tiny_detector(memory=str(folder / "memory"), **stages)
     fitted.fit(SLICES.images, groups=SLICES.subjects)

@@ -733,7 +733,7 @@ def test_the_best_validated_weights_are_kept():
 def test_patience_ends_training():
     losses = [record["validation_loss"] for record in drawn_away(patience=2)[0].history_]
     assert len(losses) < 14 and int(np.argmin(losses)) == len(losses) - 3
-    with pytest.raises(ValueError, match="^patience must be None where nothing is validated, got 2"):
+    with pytest.raises(ValueError, match="^patience must be math.inf where nothing is validated, got 2"):
         fit_short(trainer={"patience": 2})
 
 
