@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -924,9 +925,7 @@ def test_bfloat16_at_prediction_moves_maps_a_little(fitted, healthy):
         rough.set_params(precision="float8").predict_maps(healthy)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_networks_give_the_same_maps(fitted, healthy):
+def compile_and_compare(fitted, healthy):
     detector = copy.deepcopy(fitted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own compiler
@@ -935,6 +934,25 @@ def test_compiled_networks_give_the_same_maps(fitted, healthy):
     np.testing.assert_array_equal(
         detector.set_params(compile=False).predict_maps(healthy), fitted.predict_maps(healthy)
     )
+
+
+def test_traced_networks_give_the_same_maps(fitted, healthy, monkeypatch):
+    """All but the compiler itself, which takes half a minute."""
+    graphs = []
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is))
+    compile_and_compare(fitted, healthy)
+    assert len(graphs) >= 2  # of the encoder and of the denoiser
+
+
+@pytest.mark.evidence
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_networks_give_the_same_maps(fitted, healthy):
+    compile_and_compare(fitted, healthy)
 
 
 def test_booleans_are_images_of_zero_and_one(fitted, healthy):
