@@ -45,7 +45,7 @@ def test_flat_rows_of_a_square_number_are_folded_to_that_square():
     np.testing.assert_array_equal(check_slices(X).images([0, 1, 2]), X.reshape(3, 1, 5, 5))
 
 
-@pytest.mark.parametrize("n_features, side", [(1, 1), (2, 2), (4, 2), (5, 3), (17, 5), (24, 5), (26, 6)])
+@pytest.mark.parametrize("n_features, side", [(1, 1), (2, 2), (24, 5), (26, 6)])
 def test_other_flat_rows_are_padded_with_background_to_the_next_square(n_features, side):
     X = RNG.random((3, n_features), np.float32) + 0.0
     stack = check_slices(X)
@@ -178,9 +178,15 @@ def test_brain_is_where_any_channel_is_above_zero():
 
 
 @pytest.mark.parametrize(
-    "convert", [np.asarray, torch.from_numpy, lambda m: m.astype(int), lambda m: m * 1.0]
+    ("X", "convert"),
+    [
+        (X3, np.asarray),
+        (X4, np.asarray),
+        (X3, torch.from_numpy),
+        (X3, lambda m: m.astype(int)),
+        (X4, lambda m: m * 1.0),
+    ],
 )
-@pytest.mark.parametrize("X", [X3, X4], ids=["one channel", "two channels"])
 def test_a_given_brain_mask_is_used(X, convert):
     brain_mask = X3 > 0.3
     brain = check_slices(X, brain_mask=convert(brain_mask)).brain([1, 4])
@@ -260,9 +266,15 @@ def test_data_must_not_be_empty(shape):
     refused(ValueError, message, np.zeros(shape))
 
 
-@pytest.mark.parametrize("intensity_range", [(0, 1), (0, 300), "data"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, ROWS_PER_CHECK + 1])
+@pytest.mark.parametrize(
+    ("value", "place", "intensity_range"),
+    [
+        (np.nan, 0, (0, 1)),
+        (np.nan, ROWS_PER_CHECK + 1, "data"),
+        (np.inf, ROWS_PER_CHECK + 1, (0, 300)),
+        (-np.inf, 0, "data"),
+    ],
+)
 def test_values_must_be_finite(value, place, intensity_range):
     X = np.zeros((ROWS_PER_CHECK + 5, 2, 2), np.float32)
     X[place, 1, 1] = value
@@ -278,21 +290,19 @@ def test_values_must_lie_in_the_range():
     refused(ValueError, message, np.array([[[-1.1, 0]]]), intensity_range=(-1, 1), input_name="slices")
 
 
-@pytest.mark.parametrize(
-    "value", ["percentile", (1, 0), (1, 1), (0, np.nan), (0, np.inf), (0, 1, 2), (0,), None, 5, ("a", "b")]
-)
+@pytest.mark.parametrize("value", ["percentile", (1, 0), (1, 1), (0, np.nan), (0, 1, 2), None, ("a", "b")])
 def test_intensity_range_must_be_one(value):
     with pytest.raises(ValueError, match="^intensity_range must be") as caught:
         check_slices(X3, intensity_range=value)
     assert f"got {value!r}" in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [(4,), (1, 2, 4, 6), 24, (-4, -6), (0, 6), (4.5, 6), "46", ("a", "b")])
-@pytest.mark.parametrize("X", [X3, X3.reshape(5, -1)], ids=["slices", "flat"])
-def test_image_shape_must_be_one(X, value):
-    with pytest.raises(ValueError, match="^image_shape must be") as caught:
-        check_slices(X, image_shape=value)
-    assert f"got {value!r}" in str(caught.value)
+@pytest.mark.parametrize("value", [(4,), (1, 2, 4, 6), 24, (-4, -6), (4.5, 6), ("a", "b")])
+def test_image_shape_must_be_one(value):
+    for X in (X3, X3.reshape(5, -1)):
+        with pytest.raises(ValueError, match="^image_shape must be") as caught:
+            check_slices(X, image_shape=value)
+        assert f"got {value!r}" in str(caught.value)
 
 
 def test_image_shape_must_agree_with_the_slices():
@@ -303,11 +313,11 @@ def test_image_shape_must_agree_with_the_slices():
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 4, 6), (5, 6, 4), (5, 24), (5, 2, 4, 6)])
-@pytest.mark.parametrize("X", [X3, X4], ids=["one channel", "two channels"])
-def test_brain_mask_must_fit(X, shape):
-    with pytest.raises(ValueError, match=r"brain_mask must have shape \(5, 4, 6\) to go with X") as caught:
-        check_slices(X, brain_mask=np.ones(shape, bool))
-    assert f"got {shape}" in str(caught.value)
+def test_brain_mask_must_fit(shape):
+    for X in (X3, X4):
+        with pytest.raises(ValueError, match=r"brain_mask must have shape \(5, 4, 6\) to go with X") as error:
+            check_slices(X, brain_mask=np.ones(shape, bool))
+        assert f"got {shape}" in str(error.value)
 
 
 def test_a_flat_brain_mask_must_fit_its_rows():

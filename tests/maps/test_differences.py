@@ -13,8 +13,9 @@ RNG = np.random.default_rng(0)
 RESTORED, REFERENCE = (RNG.uniform(-1, 1, (3, 2, 8, 6)).astype(np.float32) for _ in range(2))
 
 
-@pytest.mark.parametrize("shape", [(1, 7), (5, 1), (24, 31), (2, 3, 16, 9)])
-@pytest.mark.parametrize("width", [0.4, 2.5, 20.0])
+@pytest.mark.parametrize(
+    ("shape", "width"), [((1, 7), 2.5), ((5, 1), 0.4), ((24, 31), 20.0), ((2, 3, 16, 9), 2.5)]
+)
 def test_blur_is_a_gaussian_filter_over_the_last_two_axes(shape, width):
     values = RNG.normal(size=shape).astype(np.float32)
     axes = (0,) * (len(shape) - 2) + (width, width)
@@ -26,8 +27,10 @@ def test_blur_is_a_gaussian_filter_over_the_last_two_axes(shape, width):
 # Image map
 
 
-@pytest.mark.parametrize("gamma", [0.05, 0.25, 1.0, 3.0, 7.0, None, np.inf])
-@pytest.mark.parametrize("difference", ["absolute", "squared"])
+@pytest.mark.parametrize(
+    ("difference", "gamma"),
+    [("absolute", 0.05), ("absolute", 7.0), ("absolute", None), ("squared", 0.25), ("squared", np.inf)],
+)
 def test_image_map_is_the_clipped_difference(difference, gamma):
     """``min(d, gamma) / gamma`` with d = |x_restored - x| or its square; without clip, by the largest."""
     got = image_map(RESTORED, REFERENCE, gamma=gamma, difference=difference)
@@ -119,8 +122,7 @@ def test_upsampling_keeps_constants_and_crops(factor, height, width):
     np.testing.assert_allclose(pixels, np.broadcast_to(grid[:, :1, :1], pixels.shape), atol=1e-6)
 
 
-@pytest.mark.parametrize("factor", [2, 4, 8])
-@pytest.mark.parametrize("cell", [(2, 3), (3, 2), (2, 2)])
+@pytest.mark.parametrize(("factor", "cell"), [(2, (2, 3)), (4, (3, 2)), (8, (2, 2))])
 def test_a_hot_cell_ends_up_centred_over_its_pixels(factor, cell):
     grid = np.zeros((1, 6, 6), np.float32)
     grid[0][cell] = 1
