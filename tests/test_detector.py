@@ -102,7 +102,7 @@ def trainings(monkeypatch):
 # scikit-learn
 
 
-@parametrize_with_checks([tiny_detector()])
+@parametrize_with_checks([tiny_detector(autoencoder=tiny_autoencoder(trainer=brief()), trainer=brief())])
 def test_scikit_learn_check(estimator, check):
     check(estimator)
 
@@ -1364,7 +1364,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the peak of a process")
 def test_slices_in_a_file_never_come_into_memory_as_a_whole(tmp_path):
-    side, mebibytes = 128, 160
+    side, mebibytes = 128, 96
     with open(tmp_path / "slices", "wb") as file:  # a brain here and there
         file.truncate(mebibytes * 2**20)
         for i, brain in enumerate((255 * make_slices(256, side, side)).astype(np.uint8)):

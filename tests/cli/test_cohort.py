@@ -131,6 +131,7 @@ def test_a_shard_is_one_of_the_parts(run, tmp_path, text):
     assert ended.value.code == 2
 
 
+@pytest.mark.parametrize("step", ["predict"], indirect=True, scope="module")
 def test_processes_at_the_same_time_leave_the_bytes_of_one_run(step, whole, cohort, tmp_path, tree):
     out = tmp_path / "out"
     shards = [process(step.arguments(cohort, out, "--shard", f"{part}/2")) for part in (1, 2)]
