@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -35,7 +36,7 @@ from madad._runtime.tensors import state_to_numpy
 from madad.diffusion import ForeignLatents, GaussianNoise, Mixture
 from madad.metrics import max_dice_per_image, max_dice_scorer
 from madad.nn import UNET_SIZES
-from madad.presets import INFERENCE_KNOBS, PRESETS
+from madad.presets import PRESETS
 from madad.testing import tiny_autoencoder, tiny_detector
 from madad.training import TrainingStoppedWarning
 
@@ -101,7 +102,7 @@ def trainings(monkeypatch):
 # scikit-learn
 
 
-@parametrize_with_checks([tiny_detector()])
+@parametrize_with_checks([tiny_detector(autoencoder=tiny_autoencoder(trainer=brief()), trainer=brief())])
 def test_scikit_learn_check(estimator, check):
     check(estimator)
 
@@ -123,10 +124,11 @@ def test_grid_search_over_training_and_inference_parameters():
     search.fit(X, y)
     assert len(search.cv_results_["params"]) == 8
     assert search.best_estimator_.predict_maps(X).shape == X.shape
-    for params, score in zip(*(search.cv_results_[k] for k in ("params", "mean_test_score")), strict=True):
-        by_hand = strict_detector(anomaly_map="image", **params).fit(X[:24]).predict_maps(X[24:])
-        assert score == max_dice_per_image(y[24:], by_hand).dice
     scores = search.cv_results_["mean_test_score"]
+    for i in (0, 5):
+        params = search.cv_results_["params"][i]
+        by_hand = strict_detector(anomaly_map="image", **params).fit(X[:24]).predict_maps(X[24:])
+        assert scores[i] == max_dice_per_image(y[24:], by_hand).dice
     for name, low, high in (("gamma", 0.05, 1.0), ("mask_loss_weight", 1e-3, 1.0), ("mask_ratio", 0.2, 0.4)):
         at = [scores[search.cv_results_[f"param_{name}"].data == value] for value in (low, high)]
         assert (at[0] != at[1]).any(), name  # none of the three is without effect
@@ -189,23 +191,22 @@ def test_memory_is_not_spoilt_by_the_estimators_it_gave(healthy, tmp_path):
 # The same slice, the same result
 
 
-@pytest.mark.parametrize("shape", [(17, 23), (16, 16), (30, 26)])
-@pytest.mark.parametrize(
-    "knobs", [{}, {"eta": 0.7, "n_steps": 5, "mask_threshold": 0.4}], ids=["default", "noisy"]
-)
+NOISY = {"eta": 0.7, "n_steps": 5, "mask_threshold": 0.4}
+
+
+@pytest.mark.parametrize(("shape", "knobs"), [((16, 16), {}), ((17, 23), NOISY)], ids=["default", "noisy"])
 def test_results_do_not_depend_on_company_or_order(shape, knobs):
-    X = make_slices(40, *shape)
+    X = make_slices(24, *shape)
     detector = strict_detector(**knobs).fit(X)
     rng = np.random.default_rng(0)
-    choices = [np.array([7]), np.array([39, 3]), np.arange(40)[::-1], rng.permutation(40)[:33]]
-    choices.append(rng.integers(0, 40, 50))
+    choices = [np.array([7]), np.arange(24)[::-1], rng.permutation(24)[:19], rng.integers(0, 24, 34)]
     for kind in MAPS:
         detector.set_params(anomaly_map=kind)
         maps, scores = detector.predict_maps(X), detector.score_samples(X)
         assert maps.max() > 0
         for rows in choices:
             np.testing.assert_array_equal(detector.predict_maps(X[rows]), maps[rows])
-            np.testing.assert_array_equal(detector.score_samples(X[rows]), scores[rows])
+        np.testing.assert_array_equal(detector.score_samples(X[rows]), scores[rows])
 
 
 def test_image_maps_do_not_depend_on_whether_others_in_the_batch_are_repaired(fitted, copied):
@@ -500,8 +501,14 @@ def test_thresholds_are_quantiles_of_held_out_healthy_maps(healthy):
     assert detector.offset_ == pytest.approx(-np.quantile(-scores, 0.8), rel=1e-6)
     masks = detector.predict_masks(healthy[rows])
     assert masks.dtype == bool
-    np.testing.assert_array_equal(masks, maps > detector.map_threshold_)
+    np.testing.assert_array_equal(masks, maps >= np.float32(detector.map_threshold_))
     assert masks[brain].mean() == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_pixel_at_the_threshold_is_in_the_mask(copied, healthy):
+    maps = copied.predict_maps(healthy)
+    copied.map_threshold_ = float(maps.max())
+    np.testing.assert_array_equal(copied.predict_masks(healthy), maps == maps.max())
 
 
 def test_calibrate_takes_all_slices_that_it_is_given(copied):
@@ -536,23 +543,18 @@ def test_a_single_group_is_split_by_slice(healthy):
     assert len(strict_detector().fit(healthy, groups=np.zeros(40)).calibration_rows_) == 6
 
 
+# What the fit itself checks, and one value for each part that it hands others to.
 BAD_PARAMETERS = [
-    ("contamination", 0, "contamination must be 'auto' or in .* got 0"),
     ("contamination", 0.6, "contamination must .* got 0.6"),
-    ("contamination", "some", "contamination must .* got 'some'"),
-    ("image_specificity", 1.0, "image_specificity must lie between 0 and 1, got 1.0"),
-    ("pixel_specificity", 0, "pixel_specificity must lie between 0 and 1, got 0"),
-    ("calibration_fraction", 1.5, "calibration_fraction must lie between 0 and 1, got 1.5"),
     ("preset", "huge", "preset must be .* got 'huge'"),
     ("anomaly_map", "heat", "anomaly_map must be one of .* got 'heat'"),
     ("n_steps", 11, "n_steps must .* got 11"),
     ("n_timesteps", 0, "n_timesteps must .* got 0"),
-    ("eta", 1.5, "eta must lie in 0..1, got 1.5"),
     ("step_spacing", "odd", "spacing must .* got 'odd'"),
-    ("mask_threshold", -0.1, "mask_threshold must lie in 0..1, got -0.1"),
-    ("gamma", 0, "gamma must be positive, got 0"),
     ("gamma", math.nan, "gamma must be positive, got nan"),
     ("smoothing_px", -1, "smoothing_px must .* got -1"),
+    ("reference", "cubed", "reference must be one of .* got 'cubed'"),
+    ("map_difference", "cubed", "map_difference must be one of .* got 'cubed'"),
     ("denoiser", "nope", "denoiser must be one of .* got 'nope'"),
     ("corruption", "nope", "corruption must be one of .* got 'nope'"),
     ("mask_shape", "stars", "mask_shape must be one of .* got 'stars'"),
@@ -560,8 +562,8 @@ BAD_PARAMETERS = [
     ("mask_loss_weight", -1, "mask_loss_weight must be 0 or more, got -1"),
     ("mask_ratio", 1.5, r"ratio must .* got .*1\.5"),
     ("brain_rule", "none", "rule must .* got 'none'"),
+    ("trainer", Trainer(learning_rate=-1.0), "learning_rate must .* got -1"),
     ("autoencoder", "nope", "size must be .* got 'nope'"),
-    ("intensity_range", "auto", "intensity_range must be .* got 'auto'"),
     ("intensity_range", (1, 0), r"intensity_range must .* low < high, got \(1, 0\)"),
     ("image_shape", (8, 8), r"image_shape must agree with X, got \(8, 8\) and X of shape \(12, 16, 16\)"),
     ("device", "abacus", "device must be 'auto' or .* got 'abacus'"),
@@ -569,9 +571,10 @@ BAD_PARAMETERS = [
 
 
 @pytest.mark.parametrize(("name", "value", "message"), BAD_PARAMETERS)
-def test_bad_parameters_raise(name, value, message):
+def test_bad_parameters_are_refused_before_anything_is_trained(name, value, message, trainings):
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        strict_detector(**{name: value}).fit(make_slices(12))
+        strict_detector(**({"anomaly_map": "image"} | {name: value})).fit(make_slices(12))
+    assert not trainings
 
 
 def test_an_autoencoder_of_another_kind_is_a_type_error():
@@ -579,41 +582,20 @@ def test_an_autoencoder_of_another_kind_is_a_type_error():
         strict_detector(autoencoder=3).fit(make_slices(12))
 
 
-@pytest.mark.parametrize("name", ["reference", "map_difference"])
-def test_bad_parameters_of_the_image_map_raise(name):
-    with pytest.raises(ValueError, match=f"{name} must be one of .* got 'cubed'"):
-        strict_detector(anomaly_map="image", **{name: "cubed"}).fit(make_slices(12))
-
-
-def make_denoiser_config(denoiser):
-    return UNET_SIZES[denoiser] if isinstance(denoiser, str) else denoiser
-
-
 @pytest.mark.parametrize("preset", ["paper", "original"])
-def test_published_presets(preset):
-    detector = MaskedDiffusionAnomalyDetector(
-        preset,
-        autoencoder=tiny_autoencoder(),
-        denoiser="tiny",
-        trainer=brief(),
-        device="cpu",
-        random_state=0,
-    ).fit(make_slices(12))
+def test_published_presets_are_followed_where_nothing_else_is_given(preset):
+    values = PRESETS[preset]
+    own = {"autoencoder": tiny_autoencoder(), "denoiser": "tiny", "trainer": brief()}
+    detector = MaskedDiffusionAnomalyDetector(preset, **own, device="cpu", random_state=0)
+    detector.fit(make_slices(12))
     assert detector.preset_ == preset
-    knobs = set(detector.get_params()) & set(PRESETS[preset]) - {"autoencoder", "denoiser"}
-    assert {name: detector._value_of(name) for name in knobs} == {
-        name: PRESETS[preset][name] for name in knobs
-    }
-    assert (
-        detector.calibrated_with_.items() >= {name: PRESETS[preset][name] for name in INFERENCE_KNOBS}.items()
-    )
-    assert detector.history_[-1]["step"] == 1  # the given trainer, one batch of twelve slices
-    big = MaskedDiffusionAnomalyDetector(preset)
-    big.preset_ = preset
-    dropout = {"paper": 0.0, "original": 0.4}[preset]
-    assert big._value_of("autoencoder") == "kl-f8"
-    assert make_denoiser_config(big._value_of("denoiser")) == replace(UNET_SIZES["L"], dropout=dropout)
+    calibrated = detector.calibrated_with_
+    assert {"eta", "reference", "gamma"} <= calibrated.keys()
+    assert calibrated == {name: values[name] for name in calibrated}
+    for name in (values.keys() & detector.get_params(deep=False)) - own.keys():
+        assert detector._value_of(name) == values[name], name
     assert detector._value_of("denoiser") == "tiny"  # the user's own comes first
+    assert detector.history_[-1]["step"] == 1  # the given trainer, one batch of twelve slices
 
 
 def test_constructor_only_stores():
@@ -703,7 +685,7 @@ def test_channels(healthy):
         detector.predict_maps(healthy)
 
 
-@pytest.mark.parametrize("shape", [None, (16, 16), (8, 32), (2, 8, 16)])
+@pytest.mark.parametrize("shape", [None, (8, 32), (2, 8, 16)])
 def test_flat_rows_are_folded(shape):
     X = make_slices(20)
     folded = X.reshape(20, *(shape or (16, 16)))
@@ -761,38 +743,24 @@ def with_value(value):
     return X
 
 
-BAD_INPUT = {
-    "six axes": (np.zeros((2, 1, 1, 4, 8, 8)), ValueError, r"X must have shape .* got \(2, 1, 1, 4, 8, 8\)"),
-    "NaN": (with_value(np.nan), ValueError, "X must be finite, got .*nan"),
-    "infinity": (with_value(np.inf), ValueError, "X must be finite, got .*inf"),
-    "too bright": (with_value(1.5), ValueError, r"X must lie in 0\.\.1, got values from 0 to 1\.5"),
-    "negative": (with_value(-0.5), ValueError, r"X must lie in 0\.\.1, got values from -0\.5"),
-    "integers above 1": (
-        (255 * make_slices(12)).astype(np.int64),
-        ValueError,
-        r"X must lie in 0\.\.1, got values from 0 to",
-    ),
-    "one sample": (make_slices(1), ValueError, "X must have at least 2 samples .* got n_samples = 1"),
-    "no sample": (make_slices(0), ValueError, r"X must hold at least one sample .* got shape \(0, 16, 16\)"),
-    "no pixel": (np.zeros((3, 0, 4)), ValueError, r"X must hold at least one .* got shape \(3, 0, 4\)"),
-    "complex": (make_slices(12) * 1j, ValueError, "X must be real, got complex"),
-    "text": (np.full((3, 4, 4), "a"), TypeError, "X must be numeric, got <U1"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_raises(name):
-    X, error, message = BAD_INPUT[name]
-    with pytest.raises(error, match=f"(?s){message}"):
-        strict_detector().fit(X)
-
-
-@pytest.mark.parametrize("name", ["six axes", "NaN", "too bright"])
-def test_bad_input_raises_in_prediction_too(name, fitted):
-    X, error, message = BAD_INPUT[name]
-    for method in (fitted.predict_maps, fitted.predict, fitted.restore):
-        with pytest.raises(error, match=f"(?s){message}"):
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (np.zeros((2, 1, 1, 4, 8, 8)), r"X must have shape .* got \(2, 1, 1, 4, 8, 8\)"),
+        (with_value(np.nan), "X must be finite, got .*nan"),
+        (with_value(1.5), r"X must lie in 0\.\.1, got values from 0 to 1\.5"),
+    ],
+    ids=["six axes", "NaN", "too bright"],
+)
+def test_bad_input_raises(X, message, fitted):
+    for method in (strict_detector().fit, fitted.predict_maps, fitted.predict, fitted.restore):
+        with pytest.raises(ValueError, match=f"(?s){message}"):
             method(X)
+
+
+def test_one_slice_is_too_few_to_fit():
+    with pytest.raises(ValueError, match="X must have at least 2 samples .* got n_samples = 1"):
+        strict_detector().fit(make_slices(1))
 
 
 def test_another_size_than_in_fit_raises(fitted):
@@ -814,8 +782,9 @@ def test_mismatched_masks_raise(fitted, healthy):
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
 def test_constant_slices_work(value):
     X = np.full((8, 16, 16), value, np.float32)
+    detector = strict_detector().fit(X)
     for kind in MAPS:
-        detector = strict_detector(anomaly_map=kind).fit(X)
+        detector.set_params(anomaly_map=kind).calibrate(X)
         maps = detector.predict_maps(X)
         assert np.isfinite(maps).all() and np.isfinite([detector.offset_, detector.map_threshold_]).all()
         assert (maps == maps[0]).all()  # all slices are the same
@@ -831,8 +800,9 @@ def test_one_slice_can_be_predicted(fitted, healthy):
 @pytest.mark.parametrize("shape", [(10, 10), (17, 23), (3, 40), (16, 1), (1, 16)])
 def test_any_size_works(shape):
     X = 0.05 + 0.9 * np.random.default_rng(0).random((10, *shape), dtype=np.float32)
+    detector = strict_detector(mask_threshold=0.1).fit(X)
     for kind in MAPS:
-        detector = strict_detector(anomaly_map=kind, mask_threshold=0.1).fit(X)
+        detector.set_params(anomaly_map=kind)
         maps, restored = detector.predict_maps(X), detector.restore(X)
         assert maps.shape == restored.shape == X.shape
         assert np.isfinite(maps).all() and np.isfinite(restored).all()
@@ -851,10 +821,9 @@ def test_slices_of_a_million_pixels_work():
     np.testing.assert_array_equal(detector.predict_maps(X[1:])[0], maps[1])
 
 
-@pytest.mark.parametrize(("dtype", "largest"), [(np.uint8, 255), (np.uint16, 65535)])
-def test_unsigned_integers_have_the_range_of_their_type(dtype, largest, healthy):
-    X = (largest * healthy).astype(dtype)
-    scaled = X.astype(np.float32) / np.float32(largest)
+def test_unsigned_integers_have_the_range_of_their_type(healthy):
+    X = (255 * healthy).astype(np.uint8)
+    scaled = X.astype(np.float32) / np.float32(255)
     of_integers, of_floats = strict_detector().fit(X), strict_detector().fit(scaled)
     expected = of_floats.predict_maps(scaled)
     np.testing.assert_array_equal(of_integers.predict_maps(X), expected)
@@ -867,20 +836,19 @@ def test_a_given_intensity_range_scales(healthy, fitted):
     np.testing.assert_allclose(detector.predict_maps(4 * healthy), fitted.predict_maps(healthy), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["float16", "float64", "tensor", "bfloat16 tensor", "memmap", "list"])
+@pytest.mark.parametrize("kind", ["float64", "bfloat16 tensor", "memmap", "list"])
 def test_other_containers_and_types(kind, fitted, healthy, tmp_path):
-    if kind in ("float16", "float64"):
+    if kind == "float64":
         X = healthy.astype(kind)
-    elif kind.endswith("tensor"):
-        X = torch.from_numpy(healthy)
-        X = X.to(torch.bfloat16) if kind.startswith("bfloat16") else X
+    elif kind == "bfloat16 tensor":
+        X = torch.from_numpy(healthy).to(torch.bfloat16)
     elif kind == "memmap":
         np.save(tmp_path / "X.npy", healthy)
         X = np.load(tmp_path / "X.npy", mmap_mode="r")
         assert not X.flags.writeable
     else:
         X = healthy.tolist()
-    as_float32 = X.float().numpy() if kind.endswith("tensor") else np.asarray(X, dtype=np.float32)
+    as_float32 = X.float().numpy() if kind == "bfloat16 tensor" else np.asarray(X, dtype=np.float32)
     expected = fitted.predict_maps(as_float32)
     np.testing.assert_array_equal(fitted.predict_maps(X), expected)
     refitted = strict_detector().fit(X)
@@ -957,9 +925,7 @@ def test_bfloat16_at_prediction_moves_maps_a_little(fitted, healthy):
         rough.set_params(precision="float8").predict_maps(healthy)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_networks_give_the_same_maps(fitted, healthy):
+def compile_and_compare(fitted, healthy):
     detector = copy.deepcopy(fitted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own compiler
@@ -968,6 +934,25 @@ def test_compiled_networks_give_the_same_maps(fitted, healthy):
     np.testing.assert_array_equal(
         detector.set_params(compile=False).predict_maps(healthy), fitted.predict_maps(healthy)
     )
+
+
+def test_traced_networks_give_the_same_maps(fitted, healthy, monkeypatch):
+    """All but the compiler itself, which takes half a minute."""
+    graphs = []
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=as_it_is))
+    compile_and_compare(fitted, healthy)
+    assert len(graphs) >= 2  # of the encoder and of the denoiser
+
+
+@pytest.mark.evidence
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_networks_give_the_same_maps(fitted, healthy):
+    compile_and_compare(fitted, healthy)
 
 
 def test_booleans_are_images_of_zero_and_one(fitted, healthy):
@@ -1023,24 +1008,6 @@ def test_no_healthy_pixel_is_flagged_where_the_maps_are_exactly_zero(healthy):
     detector = strict_detector(anomaly_map="image", mask_threshold=1.0).fit(healthy)
     assert detector.map_threshold_ > 0
     assert not detector.predict_masks(healthy).any()
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"mask_loss": "l1"},
-        {"corruption": "salt"},
-        {"denoiser": "huge"},
-        {"brain_rule": "skull"},
-        {"mask_ratio": 2.0},
-        {"trainer": Trainer(learning_rate=-1.0)},
-        {"anomaly_map": "wavelet"},
-    ],
-)
-def test_wrong_parameters_are_refused_before_anything_is_trained(wrong, healthy, trainings):
-    with pytest.raises(ValueError, match="must"):
-        strict_detector(**wrong).fit(healthy)
-    assert not trainings
 
 
 def test_a_failed_refit_leaves_no_mixture_of_two_models(healthy, copied):
@@ -1161,8 +1128,10 @@ def terminate_once(state):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("checkpoints", [False, True])
-@pytest.mark.parametrize("stage, step", [("autoencoder", 3), ("denoiser", 7)])
+@pytest.mark.parametrize(
+    ("stage", "step", "checkpoints"),
+    [("autoencoder", 3, True), ("denoiser", 7, True), ("denoiser", 7, False)],
+)
 def test_a_signal_leaves_a_usable_estimator_and_nothing_half_trained_in_memory(
     stage, step, checkpoints, tmp_path, uncut, steps
 ):
@@ -1331,8 +1300,8 @@ def test_large_latents_are_in_a_file_under_memory(kind, tmp_path, monkeypatch, u
         places.append(str(directory))
         return rows_on_disk(directory, *args)
 
-    monkeypatch.setattr(madad.stages.denoiser, "RowsOnDisk", noting)
-    monkeypatch.setattr(madad.stages.denoiser, "LARGE_CACHE", 0)
+    monkeypatch.setattr(madad.stages.latent_cache, "RowsOnDisk", noting)
+    monkeypatch.setattr(madad.stages.latent_cache, "LARGE_CACHE", 0)
     memory = {"path": str(tmp_path), "Memory": joblib.Memory(tmp_path, verbose=0), "nothing": None}[kind]
     np.testing.assert_array_equal(learnt(long_detector(memory=memory).fit(MANY)), uncut)
     assert places == ([] if memory is None else [str(tmp_path)] * 3)
@@ -1395,7 +1364,7 @@ print(peak() - before)
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the peak of a process")
 def test_slices_in_a_file_never_come_into_memory_as_a_whole(tmp_path):
-    side, mebibytes = 128, 160
+    side, mebibytes = 128, 96
     with open(tmp_path / "slices", "wb") as file:  # a brain here and there
         file.truncate(mebibytes * 2**20)
         for i, brain in enumerate((255 * make_slices(256, side, side)).astype(np.uint8)):
@@ -1420,10 +1389,9 @@ def test_another_corruption_after_fit_teaches_a_fitted_network_nothing(healthy):
         np.testing.assert_array_equal(detector.set_params(corruption=corruption).predict_maps(healthy), maps)
 
 
-@pytest.mark.parametrize("size", [0, -4, 2.5, "8"])
-def test_a_batch_of_no_slices_is_refused_at_fit_and_later(healthy, size):
-    fitted = strict_detector().fit(healthy).set_params(batch_size=size)
-    for call in (fitted.predict_maps, fitted.fit):
+def test_a_batch_of_no_slices_is_refused_at_fit_and_later(healthy, copied):
+    copied.set_params(batch_size=0)
+    for call in (copied.predict_maps, copied.fit):
         with pytest.raises(ValueError, match=r"batch_size must be a whole number above 0 or None, got"):
             call(healthy)
 

@@ -1,13 +1,10 @@
-import os
 import tracemalloc
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import madad.base.slice_stack
 from madad.base.check_slices import as_numpy, check_slices
 from madad.base.slice_stack import ROWS_PER_CHECK
 
@@ -45,7 +42,7 @@ def test_flat_rows_of_a_square_number_are_folded_to_that_square():
     np.testing.assert_array_equal(check_slices(X).images([0, 1, 2]), X.reshape(3, 1, 5, 5))
 
 
-@pytest.mark.parametrize("n_features, side", [(1, 1), (2, 2), (4, 2), (5, 3), (17, 5), (24, 5), (26, 6)])
+@pytest.mark.parametrize("n_features, side", [(1, 1), (2, 2), (24, 5), (26, 6)])
 def test_other_flat_rows_are_padded_with_background_to_the_next_square(n_features, side):
     X = RNG.random((3, n_features), np.float32) + 0.0
     stack = check_slices(X)
@@ -62,29 +59,6 @@ def test_padding_is_background_in_any_range():
     rows = stack.images([0, 1, 2]).reshape(3, -1)
     np.testing.assert_allclose(rows[:, :7], X - 100, atol=1e-6)
     np.testing.assert_array_equal(rows[:, 7:], 0)
-
-
-@pytest.mark.parametrize("n_features, image_shape", [(24, (4, 6)), (25, None), (23, None), (48, (2, 4, 6))])
-def test_unfold_gives_maps_in_the_layout_of_flat_rows(n_features, image_shape):
-    stack = check_slices(RNG.random((3, n_features)), image_shape=image_shape)
-    channels, height, width = stack.image_shape
-    maps = RNG.random((3, height, width))
-    unfolded = stack.unfold(maps)
-    assert unfolded.shape == (3, n_features // channels)
-    np.testing.assert_array_equal(unfolded, maps.reshape(3, -1)[:, : n_features // channels])
-
-
-def test_unfold_leaves_maps_of_images():
-    maps = RNG.random((5, 4, 6))
-    assert check_slices(X4).unfold(maps) is maps
-
-
-def test_subset_of_a_subset_counts_from_the_subset():
-    stack = check_slices(X3, brain_mask=X3 > 0.5)
-    twice = stack.subset(np.array([4, 2, 1])).subset(np.array([2, 0]))
-    assert len(twice) == 2
-    np.testing.assert_array_equal(twice.images([0, 1])[:, 0], X3[[1, 4]])
-    np.testing.assert_array_equal(twice.brain([0, 1])[:, 0], X3[[1, 4]] > 0.5)
 
 
 # Types and ranges
@@ -178,9 +152,15 @@ def test_brain_is_where_any_channel_is_above_zero():
 
 
 @pytest.mark.parametrize(
-    "convert", [np.asarray, torch.from_numpy, lambda m: m.astype(int), lambda m: m * 1.0]
+    ("X", "convert"),
+    [
+        (X3, np.asarray),
+        (X4, np.asarray),
+        (X3, torch.from_numpy),
+        (X3, lambda m: m.astype(int)),
+        (X4, lambda m: m * 1.0),
+    ],
 )
-@pytest.mark.parametrize("X", [X3, X4], ids=["one channel", "two channels"])
 def test_a_given_brain_mask_is_used(X, convert):
     brain_mask = X3 > 0.3
     brain = check_slices(X, brain_mask=convert(brain_mask)).brain([1, 4])
@@ -260,9 +240,15 @@ def test_data_must_not_be_empty(shape):
     refused(ValueError, message, np.zeros(shape))
 
 
-@pytest.mark.parametrize("intensity_range", [(0, 1), (0, 300), "data"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, ROWS_PER_CHECK + 1])
+@pytest.mark.parametrize(
+    ("value", "place", "intensity_range"),
+    [
+        (np.nan, 0, (0, 1)),
+        (np.nan, ROWS_PER_CHECK + 1, "data"),
+        (np.inf, ROWS_PER_CHECK + 1, (0, 300)),
+        (-np.inf, 0, "data"),
+    ],
+)
 def test_values_must_be_finite(value, place, intensity_range):
     X = np.zeros((ROWS_PER_CHECK + 5, 2, 2), np.float32)
     X[place, 1, 1] = value
@@ -278,21 +264,19 @@ def test_values_must_lie_in_the_range():
     refused(ValueError, message, np.array([[[-1.1, 0]]]), intensity_range=(-1, 1), input_name="slices")
 
 
-@pytest.mark.parametrize(
-    "value", ["percentile", (1, 0), (1, 1), (0, np.nan), (0, np.inf), (0, 1, 2), (0,), None, 5, ("a", "b")]
-)
+@pytest.mark.parametrize("value", ["percentile", (1, 0), (1, 1), (0, np.nan), (0, 1, 2), None, ("a", "b")])
 def test_intensity_range_must_be_one(value):
     with pytest.raises(ValueError, match="^intensity_range must be") as caught:
         check_slices(X3, intensity_range=value)
     assert f"got {value!r}" in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [(4,), (1, 2, 4, 6), 24, (-4, -6), (0, 6), (4.5, 6), "46", ("a", "b")])
-@pytest.mark.parametrize("X", [X3, X3.reshape(5, -1)], ids=["slices", "flat"])
-def test_image_shape_must_be_one(X, value):
-    with pytest.raises(ValueError, match="^image_shape must be") as caught:
-        check_slices(X, image_shape=value)
-    assert f"got {value!r}" in str(caught.value)
+@pytest.mark.parametrize("value", [(4,), (1, 2, 4, 6), 24, (-4, -6), (4.5, 6), ("a", "b")])
+def test_image_shape_must_be_one(value):
+    for X in (X3, X3.reshape(5, -1)):
+        with pytest.raises(ValueError, match="^image_shape must be") as caught:
+            check_slices(X, image_shape=value)
+        assert f"got {value!r}" in str(caught.value)
 
 
 def test_image_shape_must_agree_with_the_slices():
@@ -303,11 +287,11 @@ def test_image_shape_must_agree_with_the_slices():
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 4, 6), (5, 6, 4), (5, 24), (5, 2, 4, 6)])
-@pytest.mark.parametrize("X", [X3, X4], ids=["one channel", "two channels"])
-def test_brain_mask_must_fit(X, shape):
-    with pytest.raises(ValueError, match=r"brain_mask must have shape \(5, 4, 6\) to go with X") as caught:
-        check_slices(X, brain_mask=np.ones(shape, bool))
-    assert f"got {shape}" in str(caught.value)
+def test_brain_mask_must_fit(shape):
+    for X in (X3, X4):
+        with pytest.raises(ValueError, match=r"brain_mask must have shape \(5, 4, 6\) to go with X") as error:
+            check_slices(X, brain_mask=np.ones(shape, bool))
+        assert f"got {shape}" in str(error.value)
 
 
 def test_a_flat_brain_mask_must_fit_its_rows():
@@ -351,68 +335,3 @@ def test_slices_of_several_shapes_are_refused():
     refused(ValueError, message, [np.zeros((4, 4)), np.zeros((4, 5))])
     with pytest.raises(ValueError, match="brain_mask must hold slices of one shape"):
         as_numpy([[1, 2], [3]], "brain_mask")
-
-
-# Files
-
-
-def in_file(array, path, mode="r"):
-    array.tofile(path)
-    return np.memmap(path, array.dtype, mode, shape=array.shape)
-
-
-@pytest.mark.parametrize("rows_per_check", [1, 3, 256])
-def test_equal_samples_have_one_digest_whatever_holds_them(tmp_path, monkeypatch, rows_per_check):
-    monkeypatch.setattr(madad.base.check_slices, "ROWS_PER_CHECK", rows_per_check)
-    X = np.random.default_rng(0).random((7, 4, 6), dtype=np.float32)
-    mask = X > 0.3
-    expected = check_slices(X, brain_mask=mask).digest
-    rows = np.array([4, 0, 5])
-    for values in (in_file(X, tmp_path / "X"), np.asfortranarray(X), np.repeat(X, 2, axis=2)[:, :, ::2]):
-        assert check_slices(values, brain_mask=mask).digest == expected
-        assert check_slices(values, brain_mask=np.asfortranarray(mask.astype(np.uint8))).digest == expected
-        part = check_slices(values).subset(rows)
-        assert part.digest == check_slices(X[rows]).digest
-
-
-def test_whatever_is_read_differently_has_another_digest():
-    X = np.random.default_rng(0).random((7, 4, 6), dtype=np.float32)
-    mask = X > 0.3
-    others = [
-        check_slices(X),
-        check_slices(X, brain_mask=mask),
-        check_slices(X, brain_mask=~mask),
-        check_slices(X[::-1]),
-        check_slices(X[:6]),
-        check_slices(np.where(X == X[6, 3, 5], np.float32(0.5), X)),
-        check_slices(X.astype(np.float64)),
-        check_slices(X.reshape(7, 6, 4)),
-        check_slices(X.reshape(7, 1, 4, 6)),
-        check_slices(X, intensity_range=(0.0, 2.0)),
-        check_slices(X.reshape(7, 24)),
-        check_slices(X.reshape(7, 24), image_shape=(4, 6)),
-    ]
-    assert len({stack.digest for stack in others}) == len(others)
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="needs smaps")
-@pytest.mark.parametrize("view", [lambda X: X, lambda X: X[::-1, 2:], np.asarray])
-def test_a_file_that_was_read_is_not_in_memory(tmp_path, view):
-    X = in_file(np.full((600, 64, 64), 100, np.uint8), tmp_path / "X")
-    stack = check_slices(view(X))
-    for read in (stack.images, stack.brain, lambda rows: stack.digest):
-        assert read(np.arange(600)) is not None
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-        start = next(i for i, line in enumerate(lines) if line.endswith(str(tmp_path / "X")))
-        resident = next(line for line in lines[start:] if line.startswith("Rss:"))
-        assert int(resident.split()[1]) < 100  # KiB of 2400
-
-
-@pytest.mark.parametrize("mode", ["c", "r+"])
-def test_changes_of_a_map_are_kept(tmp_path, mode):
-    X = in_file(np.zeros((300, 8, 8), np.uint8), tmp_path / "X", mode)
-    X[7] = 255
-    stack = check_slices(X, intensity_range="data")
-    for _ in range(2):
-        assert stack.images(np.array([7, 8])).sum() == 64 and stack.digest
-    assert X[7].sum() == 64 * 255

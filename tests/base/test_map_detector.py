@@ -83,6 +83,14 @@ def test_scores_decisions_and_masks_follow_from_the_maps():
     np.testing.assert_array_equal(Itself().fit_predict(HEALTHY), detector.predict(HEALTHY))
 
 
+def test_a_pixel_at_the_threshold_is_in_the_mask():
+    detector = Itself().fit(HEALTHY)
+    at = np.float32(detector.map_threshold_)
+    X = np.zeros((1, 12, 10), np.float32)
+    X[0, 0, :3] = np.nextafter(at, np.float32(0)), at, np.nextafter(at, np.float32(1))
+    np.testing.assert_array_equal(detector.predict_masks(X)[0, 0, :4], [False, True, True, False])
+
+
 def test_contamination_is_the_share_of_the_given_slices_that_are_anomalous():
     detector = Itself(contamination=0.2).fit(HEALTHY)
     assert np.mean(detector.predict(HEALTHY) == -1) == pytest.approx(0.2)

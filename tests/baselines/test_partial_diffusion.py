@@ -94,7 +94,15 @@ def raw_maps(estimator, network, X, brain=None):
 
 @parametrize_with_checks(
     [
-        tiny(cls, n_timesteps=30, t_start=8, n_steps=2, intensity_range="data", smoothing_px=0.5)
+        tiny(
+            cls,
+            trainer=Trainer(1, max_steps=1),
+            n_timesteps=30,
+            t_start=8,
+            n_steps=2,
+            intensity_range="data",
+            smoothing_px=0.5,
+        )
         for cls in CLASSES
     ]
 )

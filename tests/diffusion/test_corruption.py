@@ -34,8 +34,15 @@ class Constant:
 
 
 @pytest.mark.parametrize("corruption", ALL.values(), ids=ALL)
-@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (1, 4, 16, 8), (3, 1, 7, 5), (2, 2, 1, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((4, 3, 8, 8), torch.float32),
+        ((1, 4, 16, 8), torch.float32),
+        ((3, 1, 7, 5), torch.float64),
+        ((2, 2, 1, 1), torch.float64),
+    ],
+)
 def test_fill_keeps_shape_and_dtype_and_follows_the_generator_alone(corruption, shape, dtype):
     z0 = latents(*shape, dtype=dtype)
     copy = z0.clone()
@@ -102,9 +109,10 @@ def test_foreign_latents_of_a_single_sample_come_from_itself_displaced():
     assert not torch.isclose(fill, z0).any(dim=1).float().mean() > 0.1
 
 
-@pytest.mark.parametrize("magnitude", [(0.5, 3.0), (2.0, 2.0)])
-@pytest.mark.parametrize("channels", [1, 4])
-@pytest.mark.parametrize("tissue_share", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("magnitude", "channels", "tissue_share"),
+    [((0.5, 3.0), 4, 0.0), ((2.0, 2.0), 1, 1.0), ((0.5, 3.0), 4, 1.0)],
+)
 def test_smooth_offset_has_the_stated_magnitude(magnitude, channels, tissue_share):
     z0 = latents(400, channels, 16, 16)
     corruption = SmoothOffset(magnitude, noise=0.0, flatten=0.0, tissue_share=tissue_share, patchy=0.0)

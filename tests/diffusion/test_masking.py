@@ -68,8 +68,9 @@ def cell_sizes(noise_mask, sizes):
     return found
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 4, 8), (2, 4), (3, 5)])
-@pytest.mark.parametrize("size", [(32, 32), (17, 23)])
+@pytest.mark.parametrize(
+    ("sizes", "size"), [((1, 2, 4, 8), (32, 32)), ((2, 4), (17, 23)), ((3, 5), (17, 23))]
+)
 def test_patches_are_cells_of_a_grid_of_a_listed_size(sizes, size):
     drawn = RandomPatches((0.5, 0.5), sizes).draw(150, *size, seeded())
     found = [cell_sizes(noise_mask, sizes) for noise_mask in drawn[:, 0].numpy()]

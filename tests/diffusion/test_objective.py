@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from madad.diffusion import (
     EitherMask,
@@ -176,12 +175,3 @@ def test_half_precision_answers_are_scored_in_float32():
 def test_unknown_names_raise(knobs, message):
     with pytest.raises(ValueError, match=message):  # before anything is trained
         MaskedDiffusionObjective(SCHEDULE, **knobs)
-
-
-def test_forward_process_equals_the_original_code(reference_dir):
-    """The original's mask is 1 where the latent is clean, and its t counts from 0."""
-    arrays = load_file(reference_dir / "mad_ad_reference_outputs.safetensors")
-    noise_mask, t = 1 - arrays["fwd_keep_mask"], arrays["unet_t_zero_based"] + 1
-    z_t = SCHEDULE.add_noise(arrays["fwd_z0"], arrays["fwd_eps"], noise_mask, t)
-    torch.testing.assert_close(z_t, arrays["fwd_z_t"], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(SCHEDULE.alpha_bar[1:], arrays["alpha_bar"], rtol=1e-4, atol=1e-8)

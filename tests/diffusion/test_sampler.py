@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from madad.diffusion import MaskedDDIM, MaskedDDPM, NoiseSchedule, Repainting
 from madad.diffusion.sampler import posterior_mean
@@ -239,13 +238,3 @@ def test_parameters_outside_their_range_are_refused(kind, name, value):
 def test_impossible_numbers_of_steps_are_named(n_steps):
     with pytest.raises(ValueError, match=rf"n_steps must lie in 1\.\.10, .*got {n_steps}"):
         MaskedDDIM(n_steps).restore(stand_in, case()[2], SCHEDULE)
-
-
-def test_posterior_mean_equals_the_original_code(reference_dir):
-    arrays = load_file(reference_dir / "mad_ad_reference_outputs.safetensors")
-    t = arrays["unet_t_zero_based"] + 1
-    expected = arrays["ddpm_posterior_mean_all_noised"]
-    for i in range(len(t)):
-        ab, ab_before = float(SCHEDULE.alpha_bar[t[i]]), float(SCHEDULE.alpha_bar[t[i] - 1])
-        mean = posterior_mean(arrays["fwd_z_t"][i], arrays["fwd_z0"][i], ab, ab_before)
-        torch.testing.assert_close(mean, expected[i], rtol=0, atol=1e-4 * float(expected.abs().max()))

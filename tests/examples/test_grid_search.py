@@ -41,8 +41,10 @@ def test_a_subject_with_healthy_slices_and_lesions_is_never_trained_on(example):
 
 
 @pytest.mark.slow
-def test_quick_search_trains_each_network_once(example, tmp_path, capsys):
-    arguments = ["--quick", "--out", str(tmp_path / "map.png"), "--memory", str(tmp_path / "cache")]
+def test_quick_search_trains_each_network_once(example, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(example.QUICK_GRID, example.RATIO, [0.6])
+    files = ["--out", str(tmp_path / "map.png"), "--memory", str(tmp_path / "cache")]
+    arguments = ["--quick", "--steps", "4", *files]
     search, trained = example.main(arguments)
     grid, results = example.QUICK_GRID, search.cv_results_
     values = [grid[name] for name in (example.GAMMA, example.LAMBDA, example.RATIO)]

@@ -52,10 +52,10 @@ def variant(detector, way, kind, **overrides):
     return copy.deepcopy(detector).set_params(anomaly_map=kind, **(WAYS[way] | overrides))
 
 
-def measure(detector, images, brain_masks, **overrides):
+def measure(detector, images, brain_masks, ways=tuple(WAYS), **overrides):
     """Maps, scores and both thresholds, for each way of repairing and each kind of map."""
     measured = {"fitted_thresholds": np.array([detector.map_threshold_, detector.offset_])}
-    for way in WAYS:
+    for way in ways:
         for kind in KINDS:
             one, name = variant(detector, way, kind, **overrides), f"{way}_{kind}"
             measured[f"{name}_maps"] = one.predict_maps(images, brain_mask=brain_masks)
@@ -101,9 +101,8 @@ def check_worth(detector, stored):
         # no flag may hang on less than this
         threshold = (PRESETS[detector.preset_] | WAYS[way])["mask_threshold"]
         for moved in (threshold - 1e-4, threshold + 1e-4):
-            measured = measure(detector, images, brain, mask_threshold=moved)
-            check_same({name: values for name, values in measured.items() if name.startswith(way)}, stored)
-    for noise in np.random.default_rng(0).uniform(-1e-6, 1e-6, (3, *images.shape)):
+            check_same(measure(detector, images, brain, (way,), mask_threshold=moved), stored)
+    for noise in np.random.default_rng(0).uniform(-1e-6, 1e-6, (2, *images.shape)):
         noisy = np.where(brain, (images + noise).clip(1e-6, 1), 0).astype(np.float32)
         check_same(measure(detector, noisy, brain), stored)
 

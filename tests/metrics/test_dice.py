@@ -5,7 +5,7 @@ from sklearn.metrics import f1_score
 from madad import metrics
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_max_dice_per_image_equals_brute_force_over_all_thresholds(
     seed, dtype, random_case, slow_dice_per_image
@@ -20,7 +20,7 @@ def test_max_dice_per_image_equals_brute_force_over_all_thresholds(
     assert slow[dtype(best.oracle_threshold)] == pytest.approx(best.dice, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_max_dice_per_image_of_continuous_maps(seed, slow_dice_per_image):
     rng = np.random.default_rng(seed)
     lesion_masks = rng.random((5, 40)) < 0.3
@@ -31,7 +31,7 @@ def test_max_dice_per_image_of_continuous_maps(seed, slow_dice_per_image):
     assert metrics.max_dice_per_image(lesion_masks, anomaly_maps).dice == pytest.approx(slow, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_max_dice_pooled_equals_brute_force_f1(seed, random_case):
     lesion_masks, anomaly_maps, brain_masks = random_case(seed)
     truth, score = lesion_masks[brain_masks], anomaly_maps[brain_masks]
@@ -41,7 +41,7 @@ def test_max_dice_pooled_equals_brute_force_f1(seed, random_case):
     assert slow[np.float32(best.oracle_threshold)] == pytest.approx(best.dice, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("n_thresholds", [2, 7, 50])
 def test_threshold_grid_equals_brute_force_on_that_grid(seed, n_thresholds, random_case):
     lesion_masks, anomaly_maps, brain_masks = arrays = random_case(seed)
@@ -61,7 +61,7 @@ def test_threshold_grid_equals_brute_force_on_that_grid(seed, n_thresholds, rand
         assert np.isclose(grid, best.oracle_threshold).any()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_dice_at_a_threshold(seed, random_case, slow_dice_per_image):
     lesion_masks, anomaly_maps, brain_masks = random_case(seed)
     slow = slow_dice_per_image(lesion_masks, anomaly_maps, brain_masks, np.float32(5 / 9))
@@ -81,7 +81,7 @@ def test_threshold_is_read_in_the_precision_of_the_maps():
     assert metrics.dice_at_threshold(lesion_masks, anomaly_maps, 1e300) == 0
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("function", [metrics.max_dice_per_image, metrics.max_dice_pooled])
 def test_increasing_transform_moves_the_threshold_but_not_the_dice(seed, function, random_case):
     lesion_masks, anomaly_maps, brain_masks = random_case(seed, dtype=np.float64)

@@ -22,11 +22,11 @@ def slow_lesion_detection(lesion_masks, predicted_masks, min_size_px, structure)
     return n_found / n_lesions, n_confirmed / n_detections, n_lesions, n_detections
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("min_size_px", [1, 3])
-@pytest.mark.parametrize(("connectivity", "corner"), [(1, 0), (2, 1), (None, 1)])
-def test_lesion_detection_equals_a_loop_over_components(seed, min_size_px, connectivity, corner, random_case):
-    lesion_masks, anomaly_maps, brain_masks = random_case(seed, shape=(15, 15))
+@pytest.mark.parametrize(
+    ("min_size_px", "connectivity", "corner"), [(1, 1, 0), (3, 1, 0), (1, 2, 1), (3, None, 1)]
+)
+def test_lesion_detection_equals_a_loop_over_components(min_size_px, connectivity, corner, random_case):
+    lesion_masks, anomaly_maps, brain_masks = random_case(0, n=20, shape=(15, 15))
     structure = np.array([[corner, 1, corner], [1, 1, 1], [corner, 1, corner]])
     predicted = (anomaly_maps >= 0.8) & brain_masks
     expected = slow_lesion_detection(lesion_masks & brain_masks, predicted, min_size_px, structure)

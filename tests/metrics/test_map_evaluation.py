@@ -31,13 +31,14 @@ def approx(results):
     }
 
 
-@pytest.fixture(params=[1, 6, 50, 2**20], ids="{} per range".format)
+@pytest.fixture(params=[1, 6, 2**20], ids="{} per range".format)
 def pixels_per_range(request, monkeypatch):
     monkeypatch.setattr(map_evaluation, "PIXELS_PER_RANGE", request.param)
 
 
-@pytest.mark.parametrize("n_levels", [1, 3, 9, 10**4])
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("n_levels", "dtype"), [(1, np.float64), (3, np.float16), (9, np.float32), (10**4, np.float64)]
+)
 def test_results_are_those_of_the_single_functions(n_levels, dtype, random_case, pixels_per_range):
     for seed in range(4):
         arrays = lesion_masks, anomaly_maps, brain_masks = random_case(
@@ -73,9 +74,8 @@ def test_of_equally_good_thresholds_the_highest_wins(pixels_per_range):
     assert results["oracle_threshold_per_image"] == results["oracle_threshold_pooled"] == 9
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_neither_batches_nor_order_nor_folder_change_anything(dtype, random_case, pixels_per_range, tmp_path):
-    arrays = [*random_case(3, n=12, n_levels=40, dtype=dtype), np.repeat([4, 1, 2, 7], 3)]
+def test_neither_batches_nor_order_nor_folder_change_anything(random_case, pixels_per_range, tmp_path):
+    arrays = [*random_case(3, n=12, n_levels=40), np.repeat([4, 1, 2, 7], 3)]
     expected = streamed([arrays])
     for at in ((1,), (5, 6, 11), range(1, 12)):
         assert streamed(split(arrays, *at)) == expected

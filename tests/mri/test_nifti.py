@@ -1,4 +1,5 @@
 import errno
+import itertools
 import os
 import pickle
 from dataclasses import replace
@@ -137,8 +138,9 @@ def test_a_volume_shares_no_memory_and_needs_no_file(tmp_path):
     assert read_volume(str(save(image_of(), path))).path == path
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize(
+    ("grid", "ending"), list(zip(GRIDS, itertools.cycle([".nii", ".nii.gz"]), strict=False))
+)
 def test_written_on_the_grid_of_the_file(tmp_path, grid, ending):
     image = full_header(image_of(grid))
     image.header.set_slope_inter(0.5, -3)

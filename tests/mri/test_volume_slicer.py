@@ -58,11 +58,11 @@ def world_mm(affine, mask):
     return points[np.lexsort(np.round(points, 6).T)]
 
 
-@pytest.mark.parametrize("plane", PLANES)
-@pytest.mark.parametrize("grid", ["RAS", "LPS", "PSR", "SLP"])
-@pytest.mark.parametrize("toward", ["right", "front", "up"])
-def test_slices_look_as_documented(plane, grid, toward):
-    axis = ["right", "front", "up"].index(toward)
+@pytest.mark.parametrize(
+    ("plane", "grid"), [("axial", "RAS"), ("axial", "SLP"), ("coronal", "PSR"), ("sagittal", "LPS")]
+)
+@pytest.mark.parametrize("axis", range(3), ids=["right", "front", "up"])
+def test_slices_look_as_documented(plane, grid, axis):
     affine = grid_affine(grid)
     points = nib.affines.apply_affine(affine, np.moveaxis(np.indices(SHAPE), 0, -1))
     image = nib.Nifti1Image(points[..., axis].astype(np.float32), affine)
@@ -91,9 +91,19 @@ def test_axial_slices_lie_as_those_of_load_scans(tmp_path):
     np.testing.assert_array_equal(cropped(masks), cropped(expected))
 
 
-@pytest.mark.parametrize("plane", PLANES)
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("kind", ["float.nii", "scaled.nii.gz", "four.nii.gz"])
+@pytest.mark.parametrize(
+    ("plane", "grid", "kind"),
+    [
+        ("axial", "RAS", "float.nii"),
+        ("coronal", "LAS", "scaled.nii.gz"),
+        ("sagittal", "LPS", "four.nii.gz"),
+        ("axial", "PSR", "scaled.nii.gz"),
+        ("coronal", "SLP", "four.nii.gz"),
+        ("sagittal", "oblique RAS", "scaled.nii.gz"),
+        ("axial", "oblique ASL", "four.nii.gz"),
+        ("coronal", "oblique ASL", "float.nii"),
+    ],
+)
 def test_a_lesion_returns_to_the_same_place_in_the_file(tmp_path, plane, grid, kind):
     painted = np.where(LESION, 4, anatomy() * BRAIN)
     if kind == "scaled.nii.gz":
@@ -129,9 +139,15 @@ def test_a_lesion_returns_to_the_same_place_in_the_file(tmp_path, plane, grid, k
         np.testing.assert_array_equal(found.get_qform(), original.get_qform())
 
 
-@pytest.mark.parametrize("plane", PLANES)
-@pytest.mark.parametrize("spacing_mm", [0.7, 1.0, 1.9])
-@pytest.mark.parametrize("grid", ["RAS", "PSR", "oblique ASL"])
+@pytest.mark.parametrize(
+    ("plane", "spacing_mm", "grid"),
+    [
+        ("axial", 0.7, "RAS"),
+        ("coronal", 1.0, "PSR"),
+        ("sagittal", 1.9, "oblique ASL"),
+        ("axial", 1.9, "oblique ASL"),
+    ],
+)
 def test_resampling_leaves_a_lesion_where_it_was(plane, spacing_mm, grid):
     shape = (26, 30, 24)
     brain = ball(shape, (12, 14, 11), (11, 13, 10))
@@ -441,13 +457,10 @@ def test_nothing_is_read_when_nothing_is_to_learn(tmp_path):
     [
         ({"plane": "oblique"}, r"plane must be one of \['axial', 'coronal', 'sagittal'\], got 'oblique'"),
         ({"spacing_mm": 0}, r"spacing_mm must be a positive number or None, got 0"),
-        ({"spacing_mm": "1"}, r"spacing_mm must be a positive number or None, got '1'"),
         ({"slice_mm": -1.0}, r"slice_mm must be a positive number or None, got -1\.0"),
         ({"range_mm": (10, 0)}, r"range_mm must be \(low, high\) with finite low <= high, got \(10, 0\)"),
         ({"range_mm": (0, np.inf)}, r"range_mm must be .* got \(0, inf\)"),
-        ({"range_mm": 10}, r"range_mm must be .* got 10"),
         ({"shape": (0, 16)}, r"shape must be two positive integers \(H, W\), got \(0, 16\)"),
-        ({"shape": (16.0, 16)}, r"shape must be two positive integers \(H, W\), got \(16\.0, 16\)"),
         ({"shape": 16}, r"shape must be two positive integers \(H, W\), got 16"),
     ],
 )
@@ -464,12 +477,12 @@ def test_volumes_must_be_a_list():
             VolumeSlicer().fit(one)
 
 
-@pytest.mark.parametrize("plane", PLANES)
 @pytest.mark.parametrize(
-    ("name", "mask"),
+    ("plane", "name", "mask"),
     [
-        ("healthy_IXI012-HH-1211_T1_2mm", "healthy_IXI012-HH-1211_T1_2mm_DLMUSE_labels"),
-        ("lesion_Brats18_TCIA10_639_1_flair", "lesion_Brats18_TCIA10_639_1_seg"),
+        ("axial", "lesion_Brats18_TCIA10_639_1_flair", "lesion_Brats18_TCIA10_639_1_seg"),
+        ("coronal", "healthy_IXI012-HH-1211_T1_2mm", "healthy_IXI012-HH-1211_T1_2mm_DLMUSE_labels"),
+        ("sagittal", "lesion_Brats18_TCIA10_639_1_flair", "lesion_Brats18_TCIA10_639_1_seg"),
     ],
 )
 def test_real_volumes(tmp_path, data_dir, plane, name, mask):

@@ -50,8 +50,7 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize("out_channels", [4, 6])
-@pytest.mark.parametrize("time_channels", [None, 5])
+@pytest.mark.parametrize(("out_channels", "time_channels"), [(4, 5), (6, None), (6, 5)])
 def test_residual_block_equals_its_formula(out_channels, time_channels):
     block = randomised(layers.ResidualBlock(4, out_channels, time_channels=time_channels, norm_groups=2))
     x, time_embedding = random_tensor(2, 4, 5, 3), random_tensor(2, 5)
@@ -98,8 +97,9 @@ def test_number_of_heads_must_divide_the_channels():
         layers.SelfAttention(8, n_heads=3, norm_groups=2)
 
 
-@pytest.mark.parametrize(("asymmetric", "before"), [(False, 1), (True, 0)])
-@pytest.mark.parametrize("size", [(6, 8), (7, 5)])
+@pytest.mark.parametrize(
+    ("asymmetric", "before", "size"), [(False, 1, (6, 8)), (True, 0, (6, 8)), (True, 0, (7, 5))]
+)
 def test_downsample_pads_where_it_says(asymmetric, before, size):
     block = randomised(layers.Downsample(3, asymmetric=asymmetric))
     x = random_tensor(2, 3, *size)

@@ -1,3 +1,5 @@
+import itertools
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -48,8 +50,7 @@ def prepared(image):
     return VolumePreprocessor(template=False, center=None).preprocess(image, brain)
 
 
-@pytest.mark.parametrize("plane", AXES)
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("plane", "grid"), list(zip(itertools.cycle(AXES), GRIDS, strict=False)))
 def test_a_lesion_of_the_file_is_in_the_files_map_at_the_same_place(plane, grid, tmp_path):
     image = scan(GRIDS[grid])
     volume = prepared(image)
@@ -164,8 +165,7 @@ def contrasts(grid="oblique"):
     return VolumePreprocessor(template=False, center=None).preprocess_contrasts([image, *others], brain)
 
 
-@pytest.mark.parametrize("plane", AXES)
-@pytest.mark.parametrize("spacing_mm", [None, 1.3])
+@pytest.mark.parametrize(("plane", "spacing_mm"), list(zip(AXES, [None, 1.3, 1.3], strict=True)))
 def test_contrasts_are_channels_in_order(plane, spacing_mm):
     volumes = contrasts("anisotropic" if spacing_mm else "permuted")
     slicer = VolumeSlicer(plane, spacing_mm=spacing_mm).fit([volumes[0].volume])
