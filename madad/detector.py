@@ -26,8 +26,8 @@ from madad.diffusion import (
     MaskedDiffusionObjective,
     NoiseSchedule,
     Repair,
-    erases,
     make_repair,
+    teaches_repainting,
 )
 from madad.maps.recipe import MapRecipe, RestoredBatch
 from madad.nn import MaskedUNet
@@ -126,7 +126,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     repaint : float or None
         Above 0: erase what is flagged, at most this share of the brain, and predict it anew; 0 = move it step
         by step, as the paper does. Only a network whose corruption erases (``"mixture"`` does, ``"gaussian"``
-        does not) can repaint: None = 0 with others. See `madad.diffusion.MaskedDDIM`.
+        does not) can repaint: None = 0 with others. See `madad.diffusion.Repainting`.
     anomaly_map : {"image", "latent", "mask"} or None
         Difference of images, of latents, or the mean of f_M over the steps.
     reference : {"reconstruction", "input"} or None
@@ -314,7 +314,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
         split_seed, autoencoder_seed, denoiser_seed, self.sampler_seed_ = seeds
         train, held_out, subjects = self._split(stack, groups, split_seed)
         shares = isinstance(self.autoencoder, FrozenEstimator)
-        task = FitTask.of_fit(self, 1 if shares else 2, X=X, y=y) if team.leads else NO_TASK
+        task = FitTask.of_fit(self, 1 if shares else 2, X=X, y=y) if team.is_first else NO_TASK
         with graceful_stop() as stop:
             running = _Fit(stack.subset(train), subjects, StageMemory(self.memory, team), task, stop)
             if shares:
@@ -376,7 +376,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
     def _teaches_to_repaint(self) -> bool:
         corruption = self._value_of("corruption")
-        return erases(CORRUPTIONS[corruption] if isinstance(corruption, str) else corruption)
+        return teaches_repainting(CORRUPTIONS[corruption] if isinstance(corruption, str) else corruption)
 
     def _without_effect(self, settings: dict) -> tuple[str, ...]:
         return self._recipe().without_effect

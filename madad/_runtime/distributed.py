@@ -52,7 +52,7 @@ class Team:
     device: torch.device = torch.device("cpu")
 
     @property
-    def leads(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is the process that writes, shows and decides."""
         return self.rank == 0
 
@@ -111,7 +111,7 @@ class Team:
         found = self.broadcast((kinds, state[1]) if state else None)
         if found is None:
             return None
-        if not self.leads:
+        if not self.is_first:
             kinds, rest = found
             state = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}, rest
         assert state is not None
@@ -134,7 +134,7 @@ class Team:
             return make()
         outcome: tuple[bool, Any] = (False, None)
         try:
-            if self.leads:
+            if self.is_first:
                 outcome = True, make()
         finally:
             succeeded, made = self.broadcast(outcome)
@@ -179,7 +179,7 @@ def join(device: torch.device | str = "cpu") -> Team:
     return Team(dist.get_rank(), dist.get_world_size(), reach, torch.device(through))
 
 
-def leads() -> bool:
+def is_first_process() -> bool:
     """Whether this process writes files that others of its group would write too. Waits for nobody."""
     if _alone.get():
         return True

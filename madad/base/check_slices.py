@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from madad.base.slice_stack import ROWS_PER_CHECK, SliceStack, let_go
+from madad.base.slice_stack import ROWS_PER_CHECK, SliceStack, release_pages
 
 RANGE_TOLERANCE = 1e-5
 INTEGER_RANGES = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
@@ -151,7 +151,7 @@ def _with_channels(shape) -> tuple[int, int, int]:
 def _chunks(values: np.ndarray):
     for start in range(0, len(values), ROWS_PER_CHECK):
         yield np.asarray(values[start : start + ROWS_PER_CHECK])
-        let_go(values)
+        release_pages(values)
 
 
 def _data_range(values: np.ndarray, name: str) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from madad._runtime.distributed import ALONE, Team
 from madad._runtime.portable import PortableNetwork
 from madad._runtime.random import hold_out
 from madad.base.slice_estimator import SliceEstimator
-from madad.base.slice_stack import SliceStack, let_go
+from madad.base.slice_stack import SliceStack, release_pages
 from madad.maps.pooling import healthy_threshold, pool_map
 from madad.saving.model_card import ModelCard
 from madad.saving.saved_detector import load_detector, save_detector
@@ -263,7 +263,7 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         gathered = stack.new_maps(dtype)
         for start, maps, _ in self._map_batches(stack):
             gathered[start : start + len(maps)] = of_maps(maps)
-            let_go(gathered)
+            release_pages(gathered)
         return stack.unfold(gathered)
 
     def _joined(

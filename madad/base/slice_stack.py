@@ -171,11 +171,11 @@ class SliceStack:
             taken = array[sample, :, place] if array.ndim == 5 else array[sample, place]
         else:
             taken = np.asarray(array[index])
-        let_go(array)
+        release_pages(array)
         return taken
 
 
-def let_go(array: np.ndarray) -> None:
+def release_pages(array: np.ndarray) -> None:
     """Unmap what was read or written of a memory map, which counts as the process's memory until then.
 
     The system keeps the file in its cache nevertheless. Changes of a copy-on-write map would be lost.

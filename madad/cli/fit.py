@@ -82,12 +82,12 @@ def run(options: argparse.Namespace) -> int:
             warnings.simplefilter("error", TrainingStoppedWarning)
             model = _fit(options, folder, files, contrasts, work)
     except TrainingStoppedWarning:
-        if team.leads:
+        if team.is_first:
             print("madad: interrupted; the same command with --resume goes on.", file=sys.stderr)
         return 130
     except FirstFailedError:  # it says why
         return 2
-    if team.leads:
+    if team.is_first:
         model.save(options.model)
         shutil.rmtree(work)
         _report(options, model)

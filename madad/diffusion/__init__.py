@@ -8,7 +8,7 @@ from madad.diffusion.corruption import (
     GaussianNoise,
     Mixture,
     SmoothOffset,
-    erases,
+    teaches_repainting,
 )
 from madad.diffusion.masking import EitherMask, RandomBlobs, RandomPatches
 from madad.diffusion.objective import MaskedDiffusionObjective, masked_diffusion_loss
@@ -34,7 +34,7 @@ __all__ = [
     "Repair",
     "Restoration",
     "SmoothOffset",
-    "erases",
+    "teaches_repainting",
     "make_repair",
     "masked_diffusion_loss",
 ]

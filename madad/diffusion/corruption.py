@@ -176,14 +176,15 @@ class Mixture(PortableDataclass):
         return fills[choice, torch.arange(len(z0))]
 
 
-def erases(corruption) -> bool:
+def teaches_repainting(corruption) -> bool:
     """Whether a network trained with ``corruption`` learns to repaint.
 
     It does with `ErasedLatents`, alone or in a `Mixture` that draws them.
     """
     if isinstance(corruption, Mixture):
         weights = corruption.probabilities or [1.0] * len(corruption.corruptions)
-        return any(erases(part) for part, w in zip(corruption.corruptions, weights, strict=True) if w > 0)
+        drawn = [part for part, w in zip(corruption.corruptions, weights, strict=True) if w > 0]
+        return any(map(teaches_repainting, drawn))
     return isinstance(corruption, ErasedLatents)
 
 

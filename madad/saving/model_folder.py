@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from madad._runtime.distributed import leads
+from madad._runtime.distributed import is_first_process
 from madad._runtime.files import read_json, write_json
 
 FORMAT = "madad"
@@ -59,7 +59,7 @@ def write_model(
     Everything is written into a temporary directory beside ``path`` and renamed: an interrupted call
     leaves what was there.
     """
-    if not leads():
+    if not is_first_process():
         return
     path = Path(path)
     refuse_foreign(path)

@@ -236,7 +236,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         train, held_out = hold_out(len(stack), groups, trainer.validation_fraction, training_seed)
         training, validation = stack.subset(train), stack.subset(held_out)
         n_epochs = trainer.max_records(len(training), batch_size)
-        task = FitTask.of_fit(self, n_epochs, X=stack.selected) if team.leads else NO_TASK
+        task = FitTask.of_fit(self, n_epochs, X=stack.selected) if team.is_first else NO_TASK
         self.network_, objective = self._start(training, weights_seed)
         self.latent_shift_ = np.zeros(self.config_.latent_channels, np.float32)
         self.latent_scale_ = np.ones(self.config_.latent_channels, np.float32)
@@ -251,7 +251,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
 
         trained = TrainedAutoencoder(self.network_, learn_logvar=self.learn_logvar).to(device)
         identity = ""
-        if trainer.checkpoint_dir is not None and team.leads:
+        if trainer.checkpoint_dir is not None and team.is_first:
             identity = self.identity(stack, groups)
         with isolated_seed(training_seed), task.epochs(trainer) as watched:
             self.history_ = watched.optimise(

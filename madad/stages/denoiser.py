@@ -125,7 +125,7 @@ def train_denoiser(
     if len(held_out):
         validation = cache_latents(autoencoder, stack.subset(held_out), flip=False, **caching)
     identity = ""
-    if trainer.checkpoint_dir is not None and team.leads:
+    if trainer.checkpoint_dir is not None and team.is_first:
         decisive = {"objective": objective, "seed": seed, "flip": flip, "augmentation": augmentation}
         subjects = None if groups is None else np.asarray(groups)
         identity = denoiser_identity(autoencoder, stack, groups=subjects, **decisive)

@@ -50,7 +50,7 @@ class StageMemory:
         was_stopped : callable () -> bool
             Whether a signal or a callback ended the training early. Such a result is given and not kept.
         """
-        if not (self.keeps and self.team.leads):
+        if not (self.keeps and self.team.is_first):
             known = self.team.broadcast(None)
             return train() if known is None else known
         key = content_hash((__version__, *decisive()))

@@ -210,7 +210,7 @@ class TrainingLoop:
         if plan.validation_loss is not None and (done or plan.validates_at(run.step)):
             self._validate(plan.validation_loss)
         done = done or run.n_unimproved >= plan.patience
-        asked = self._asks_to_stop() if run.share.team.leads else False
+        asked = self._asks_to_stop() if run.share.team.is_first else False
         run.record_start_s = run.elapsed_s = plan.now() - run.start
         return run.share.team.broadcast(done or asked)
 

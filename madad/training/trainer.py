@@ -466,7 +466,7 @@ class Trainer(BaseEstimator):
                 run.restore(*saved)
             run.train(not run.finished)
             if not run.finished:
-                TrainingLoop(run, plan, file, stop).go(verbose and team.leads)
+                TrainingLoop(run, plan, file, stop).go(verbose and team.is_first)
         return run.history
 
     def _check_call(
@@ -511,7 +511,7 @@ class Trainer(BaseEstimator):
         )
 
     def _checkpoint_file(self, run: TrainingRun, plan: Plan, identity: str) -> CheckpointFile | None:
-        if self.checkpoint_dir is None or not run.share.team.leads:
+        if self.checkpoint_dir is None or not run.share.team.is_first:
             return None
         decisive = self.decisive()
         del decisive["callbacks"]  # they have no name that the next process knows them by

@@ -112,7 +112,7 @@ def fit_volumes(
         )
     check_aggregation(**(aggregation or {}))
     team = join(resolve_device(detector.device))
-    over = progress if progress and team.leads else (lambda indices, what: indices)
+    over = progress if progress and team.is_first else (lambda indices, what: indices)
     with _scratch_folder(scratch, team) as folder:
         slicer, slices = team.first(lambda: _cut(folder, slicer, read, len(subjects), contrasts, over))
         held_out, intensity_thresholds = _train(detector, slices, subjects)
@@ -132,7 +132,7 @@ def fit_volumes(
 @contextmanager
 def _scratch_folder(parent, team: Team) -> Iterator[Path]:
     """A folder that the first process makes and clears away, for all."""
-    made = tempfile.TemporaryDirectory(dir=parent, prefix="slices-") if team.leads else nullcontext("")
+    made = tempfile.TemporaryDirectory(dir=parent, prefix="slices-") if team.is_first else nullcontext("")
     with made as folder:
         yield Path(team.broadcast(folder))
 

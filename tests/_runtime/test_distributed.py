@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from madad import MaskedDiffusionAnomalyDetector
 from madad._runtime import distributed
-from madad._runtime.distributed import ALONE, Team, join, leads
+from madad._runtime.distributed import ALONE, Team, is_first_process, join
 from madad.baselines import PartialDiffusion
 
 SCRIPT = Path(__file__).parents[1] / "distributed" / "together.py"
@@ -33,7 +33,7 @@ together = load_script()
 
 
 def test_a_process_that_nobody_started_with_others_is_alone():
-    assert join() is ALONE and leads() and not dist.is_initialized()
+    assert join() is ALONE and is_first_process() and not dist.is_initialized()
 
 
 @pytest.mark.parametrize(("size", "n"), [(1, 5), (2, 5), (3, 2), (4, 0)])
@@ -71,14 +71,14 @@ def launched(monkeypatch):
 
 
 def test_only_the_first_of_those_that_torchrun_started_writes(launched, monkeypatch, tmp_path):
-    assert not leads()
+    assert not is_first_process()
     with distributed.alone():
-        assert leads() and join() is ALONE
+        assert is_first_process() and join() is ALONE
     monkeypatch.setenv("RANK", "0")
-    assert leads()
+    assert is_first_process()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert leads() and join() is ALONE
+    assert is_first_process() and join() is ALONE
 
 
 @pytest.mark.parametrize(

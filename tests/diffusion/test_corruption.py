@@ -11,7 +11,7 @@ from madad.diffusion import (
     GaussianNoise,
     Mixture,
     SmoothOffset,
-    erases,
+    teaches_repainting,
 )
 
 ALL = {"foreign": ForeignLatents(), "smooth": SmoothOffset(), **CORRUPTIONS}
@@ -182,7 +182,7 @@ def test_mixture_picks_one_corruption_per_sample(probabilities):
 
 
 def test_what_erases_is_found_in_mixtures_too():
-    assert erases(ErasedLatents()) and erases(CORRUPTIONS["mixture"])
-    assert erases(Mixture((GaussianNoise(), Mixture((ErasedLatents(),)))))
-    assert not erases(GaussianNoise()) and not erases(Constant(0.0))
-    assert not erases(Mixture((GaussianNoise(), ErasedLatents()), (1.0, 0.0)))
+    assert teaches_repainting(ErasedLatents()) and teaches_repainting(CORRUPTIONS["mixture"])
+    assert teaches_repainting(Mixture((GaussianNoise(), Mixture((ErasedLatents(),)))))
+    assert not teaches_repainting(GaussianNoise()) and not teaches_repainting(Constant(0.0))
+    assert not teaches_repainting(Mixture((GaussianNoise(), ErasedLatents()), (1.0, 0.0)))

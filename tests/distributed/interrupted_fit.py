@@ -8,7 +8,7 @@ import time
 import torch.distributed as dist
 
 from madad import cli
-from madad._runtime.distributed import leads
+from madad._runtime.distributed import is_first_process
 from madad.training import graceful_stop
 from madad.training.loop import TrainingLoop
 
@@ -16,7 +16,7 @@ step = TrainingLoop._step
 
 
 def interrupted(loop):
-    if loop.plan.stage == "denoiser" and loop.run.step == 5 and not leads():
+    if loop.plan.stage == "denoiser" and loop.run.step == 5 and not is_first_process():
         os.kill(os.getppid(), signal.SIGTERM)
         with graceful_stop() as stop:  # that of the fit
             while stop.signal is None:

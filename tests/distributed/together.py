@@ -20,7 +20,7 @@ from joblib import Parallel, delayed
 from torch import nn
 
 from madad import LatentAutoencoder, Trainer
-from madad._runtime.distributed import ALONE, FirstFailedError, alone, join, leads
+from madad._runtime.distributed import ALONE, FirstFailedError, alone, is_first_process, join
 from madad._runtime.random import isolated_seed
 from madad.base.check_slices import check_slices
 from madad.baselines import PartialDiffusion
@@ -114,13 +114,13 @@ def stopped(folder):
     """A signal to the last process alone stops all, and the same call goes on."""
 
     def happens(step):
-        if step == 6 and not leads():
+        if step == 6 and not is_first_process():
             signal.raise_signal(signal.SIGTERM)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         first = noisy(folder / "checkpoints", happens=happens)
-    files = len(list((folder / "checkpoints").iterdir())) if leads() else 1
+    files = len(list((folder / "checkpoints").iterdir())) if is_first_process() else 1
     again = noisy(folder / "checkpoints")
     return again | {"warned": [str(one.message) for one in caught], "files": files, "first": first["history"]}
 
@@ -129,7 +129,7 @@ def timed(folder):
     """The last process is the slowest, and its time counts."""
 
     def happens(step):
-        time.sleep(0.002 if leads() else 0.02)
+        time.sleep(0.002 if is_first_process() else 0.02)
 
     return noisy(None, happens=happens, max_time=0.4) | {"own": None}
 
@@ -165,7 +165,7 @@ def children(folder):
     """What a process starts itself fits alone, and writes for itself."""
 
     def size():
-        return join().size, leads()
+        return join().size, is_first_process()
 
     found = []
     thread = threading.Thread(target=lambda: found.append(join().size))
@@ -173,7 +173,7 @@ def children(folder):
     thread.join()
     with alone():
         found.append(size())
-    own = [] if leads() else Parallel(2)(delayed(size)() for _ in range(2))
+    own = [] if is_first_process() else Parallel(2)(delayed(size)() for _ in range(2))
     return {"own": own, "here": found}
 
 
@@ -224,7 +224,7 @@ def detector(folder):
     fitted.fit(SLICES.images, groups=SLICES.subjects)
     missed = facts_of(fitted)
     fitted.save(folder / "model")
-    maps = fitted.predict_maps(SLICES.images[:3]) if leads() else None  # the others do not wait
+    maps = fitted.predict_maps(SLICES.images[:3]) if is_first_process() else None  # the others do not wait
     hit = facts_of(fitted.fit(SLICES.images, groups=SLICES.subjects))
     return missed | {"hit": hit, "own": maps, "held_out": fitted.calibration_rows_.tolist()}
 
