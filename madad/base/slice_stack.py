@@ -64,7 +64,7 @@ class SliceStack:
         return self.values.ndim == 2
 
     def subset(self, rows: np.ndarray) -> SliceStack:
-        """Some of the slices, still unread."""
+        """The slices ``rows`` of this stack, (n,) int, still unread."""
         return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
     def selected(self) -> np.ndarray:
@@ -72,7 +72,7 @@ class SliceStack:
         return self.values if self.rows is None else self._take(self.values, np.arange(len(self)))
 
     def spread(self, groups) -> np.ndarray | None:
-        """Groups of samples as groups of slices; without any, the slices of a volume are one."""
+        """Groups of samples, ``groups`` (n_samples,), as groups of slices; without any, a volume's slices are one."""
         if groups is None:
             return self.samples if self.depth > 1 else None
         groups = np.asarray(groups)
@@ -84,7 +84,7 @@ class SliceStack:
         return groups[self.samples] if self.depth > 1 else groups
 
     def rows_to_train_on(self, rows: np.ndarray) -> np.ndarray:
-        """Those of some slices that show brain, if they are of volumes; without any, all."""
+        """Those of the slices ``rows`` that show brain, if they are of volumes; without any, all."""
         if self.depth == 1:
             return rows
         useful = rows[self.subset(rows).rows_with_brain()]
@@ -98,7 +98,7 @@ class SliceStack:
         return np.concatenate([rows[:0], *found])
 
     def images(self, index) -> np.ndarray:
-        """float32 (len(index), C, H, W) in 0..1, or beyond where the fitted range is exceeded."""
+        """Slices ``index`` as float32 (len(index), C, H, W) in 0..1, or beyond where the range is exceeded."""
         values, (low, high) = self._take(self.values, index), self.intensity_range
         if (low, high) != (0.0, 1.0):
             values = (values.astype(np.float64) - low) / (high - low)
@@ -108,7 +108,7 @@ class SliceStack:
         return values.reshape(-1, *self.image_shape)
 
     def brain(self, index) -> np.ndarray:
-        """Brain masks: bool (len(index), 1, H, W)."""
+        """Brain masks of the slices ``index``: bool (len(index), 1, H, W)."""
         _, height, width = self.image_shape
         if self.brain_mask is not None:
             chosen = self._take(self.brain_mask, index).astype(bool)
@@ -131,9 +131,9 @@ class SliceStack:
         return digest.hexdigest()
 
     def new_maps(self, dtype) -> np.ndarray:
-        """Room for a map of each slice, (n, H, W): not in memory if the slices are not and the maps are many.
+        """Room for a map of each slice, (n, H, W) of ``dtype``.
 
-        Then it is a memory map of a file without a name, which is gone when the array is.
+        Where the slices are not in memory and the maps are many, it is a memory map of a file without a name, which is gone when the array is.
 
         Raises
         ------
@@ -156,7 +156,7 @@ class SliceStack:
             return np.memmap(file, dtype, "w+", shape=shape)
 
     def unfold(self, maps: np.ndarray) -> np.ndarray:
-        """Maps (n, H, W) in the layout the samples came in: (n, D, H, W), or flat rows for flat samples."""
+        """Maps, ``maps`` (n, H, W), in the samples' layout: (n, D, H, W) of volumes, flat rows of flat samples."""
         if self.values.ndim == 5:
             return maps.reshape(-1, self.depth, *maps.shape[1:])
         if not self.is_flat:

@@ -157,7 +157,7 @@ def share_of(items: Sequence[Item], options: argparse.Namespace) -> list[Item]:
     items : sequence
         All items, the same and in the same order in each process.
     options : argparse.Namespace
-        With ``shard``.
+        What the command was given, with ``shard``: which part of how many, or None.
 
     Returns
     -------

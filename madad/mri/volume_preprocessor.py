@@ -126,8 +126,7 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
         ----------
         volumes : object
             Ignored, not even read.
-        y : None
-            Ignored.
+        y : ignored
 
         Returns
         -------

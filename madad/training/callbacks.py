@@ -54,7 +54,7 @@ class TensorBoard:
     _writers: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, state: TrainingState) -> None:
-        """Write the last record."""
+        """Write the last record of ``state``."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:

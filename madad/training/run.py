@@ -44,7 +44,7 @@ class TrainingRun:
     networks, optimisers : dict
         By role: ``"module"`` and, where there is one, ``"rival"``.
     step : int
-        Steps done.
+        How many steps are done.
     finished : bool
         Nothing is left to do: the module has its final weights.
     start, elapsed_s, record_start_s : float

@@ -23,13 +23,13 @@ class StopRequest:
         self.signal: signal.Signals | None = None
 
     def __call__(self, number: int, frame) -> None:
-        """Handle a signal."""
+        """Note the signal ``number``; ``frame`` is what Python hands to a handler."""
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or signal.Signals(number)
 
     def agree(self, team: Team, elapsed_s: float = 0.0) -> tuple[bool, float]:
-        """Whether a signal came to any process of a team, and the longest of their times."""
+        """Whether a signal came to any process of ``team``, and the longest of their times ``elapsed_s``."""
         number, longest_s = team.highest(self.signal or 0, elapsed_s)
         if number:
             self.signal = self.signal or signal.Signals(int(number))

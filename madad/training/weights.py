@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 
 class MovingAverage:
-    """Exponential moving average of a module's parameters, faster at the beginning."""
+    """Exponential moving average of a module's parameters, faster at the beginning.
+
+    Parameters
+    ----------
+    module : nn.Module
+        What is trained; parameters without gradients are left out.
+    decay : float
+        Share of the average that each step keeps, 0..1 without 1; 0 = no average.
+    """
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
