@@ -98,14 +98,14 @@ def test_one_seed_one_result_and_another_seed_another(fitted, healthy):
 
 @pytest.mark.parametrize("variational", [False, True])
 def test_the_default_has_a_narrow_bottleneck_and_finds_a_pasted_square(variational, healthy):
-    trainer = Trainer(10**6, max_steps=60, batch_size=16)
+    trainer = Trainer(10**6, max_steps=30, batch_size=8)
     baseline = AutoencoderResidual(variational=variational, trainer=trainer, random_state=0)
     X = healthy.images.copy()
     X[:, 12:19, 12:19] = 1
     baseline.fit(healthy.images, groups=healthy.subjects)
     autoencoder = baseline.autoencoder_
     assert autoencoder.latent_shape_ == (4, 2, 2) and not autoencoder.config_.linear_shortcut
-    assert (autoencoder.kl_weight > 0) == variational and autoencoder.history_[-1]["step"] == 60
+    assert (autoencoder.kl_weight > 0) == variational and autoencoder.history_[-1]["step"] == 30
     assert (baseline.score_samples(X) < baseline.score_samples(healthy.images)).all()
 
 
