@@ -72,7 +72,7 @@ class SliceStack:
         return self.values if self.rows is None else self._take(self.values, np.arange(len(self)))
 
     def spread(self, groups) -> np.ndarray | None:
-        """Groups of samples, ``groups`` (n_samples,), as groups of slices; without any, a volume's slices are one."""
+        """``groups`` of samples, (n_samples,), as groups of slices; without any, volumes are the groups."""
         if groups is None:
             return self.samples if self.depth > 1 else None
         groups = np.asarray(groups)
@@ -98,7 +98,7 @@ class SliceStack:
         return np.concatenate([rows[:0], *found])
 
     def images(self, index) -> np.ndarray:
-        """Slices ``index`` as float32 (len(index), C, H, W) in 0..1, or beyond where the range is exceeded."""
+        """Slices ``index``: float32 (len(index), C, H, W) in 0..1, or beyond where the range is exceeded."""
         values, (low, high) = self._take(self.values, index), self.intensity_range
         if (low, high) != (0.0, 1.0):
             values = (values.astype(np.float64) - low) / (high - low)
@@ -133,7 +133,8 @@ class SliceStack:
     def new_maps(self, dtype) -> np.ndarray:
         """Room for a map of each slice, (n, H, W) of ``dtype``.
 
-        Where the slices are not in memory and the maps are many, it is a memory map of a file without a name, which is gone when the array is.
+        Where the slices are not in memory and the maps are many, it is a memory map of a file without a name,
+        which is gone when the array is.
 
         Raises
         ------
@@ -156,7 +157,7 @@ class SliceStack:
             return np.memmap(file, dtype, "w+", shape=shape)
 
     def unfold(self, maps: np.ndarray) -> np.ndarray:
-        """Maps, ``maps`` (n, H, W), in the samples' layout: (n, D, H, W) of volumes, flat rows of flat samples."""
+        """``maps`` (n, H, W) in the samples' layout: (n, D, H, W) of volumes, flat rows of flat samples."""
         if self.values.ndim == 5:
             return maps.reshape(-1, self.depth, *maps.shape[1:])
         if not self.is_flat:

@@ -317,7 +317,7 @@ class Trainer(BaseEstimator):
         return copy.copy(self).set_params(**values)
 
     def sharing(self, other: Trainer | None) -> Self:
-        """A copy that has, where it has None, the `SHARED` parameters of ``other``, another stage's trainer."""
+        """A copy that has, where it has None, the `SHARED` parameters of ``other``, a trainer or None."""
         given = {} if other is None else other._given()
         shared = {name: value for name, value in given.items() if name in self.SHARED}
         return copy.copy(self).set_params(**(shared | self._given()))
