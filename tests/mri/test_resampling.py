@@ -118,13 +118,13 @@ def test_bad_volumes_are_named(values, affine, words):
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
-        (np.ones((2, 2, 2)), ["lungs", "(2, 2, 2)", "(14, 12, 10)"]),
-        (np.zeros((14, 12, 10)), ["lungs", "none"]),
+        (np.ones((2, 2, 2)), ["brain_mask", "(2, 2, 2)", "(14, 12, 10)"]),
+        (np.zeros((14, 12, 10)), ["brain_mask", "none"]),
     ],
 )
 def test_bad_masks_are_named(mask, words):
     with pytest.raises(ValueError) as error:
-        check_brain_mask(mask, noise(), name="lungs")
+        check_brain_mask(mask, noise())
     assert all(word in str(error.value) for word in words)
 
 
