@@ -107,8 +107,8 @@ class SelfAttention(RecomputedBlock):
         query, key, value = (
             qkv.transpose(-1, -2).contiguous().unbind(dim=1)
         )  # (batch, heads, tokens, channels)
-        # each thread has a buffer for its queries: unless their number is a multiple of 8, the last digits of a
-        # slice depend on the thread that has it
+        # unless there are a multiple of 8 queries, a slice's last digits depend on the thread that has it:
+        # each thread has a buffer for as many numbers as there are queries
         query = F.pad(query, (0, 0, 0, -h * w % 8))
         attended = F.scaled_dot_product_attention(query, key, value)[:, :, : h * w]
         return x + self.out(attended.transpose(-1, -2).reshape(batch, channels, h, w))
