@@ -52,7 +52,7 @@ def healthy_to_lesion_folds(lesion_masks, subjects, n_folds=2):
 def count_trainings(memory):
     """How many results of each training stage the cache holds."""
     entries = Path(memory).rglob("output.pkl")
-    return Counter(entry.parent.parent.name.removeprefix("_fit_") for entry in entries)
+    return Counter(entry.parent.parent.name.removeprefix("_") for entry in entries)
 
 
 def print_table(results):

@@ -1121,7 +1121,7 @@ def test_runs_that_share_a_directory_do_not_meet(tmp_path, uncut, steps):
         assert steps["denoiser"] == UNCUT["denoiser"]
     np.testing.assert_array_equal(learnt(other), expected)
     names = Counter(path.name.rpartition("-")[0] for path in directory.iterdir())
-    assert names == {"autoencoder": 4, "denoiser": 7}  # corruption and weight are the denoiser's alone
+    assert names == {"autoencoder": 5, "denoiser": 7}  # corruption and weight are the denoiser's alone
     steps.clear()
     np.testing.assert_array_equal(learnt(mine.fit(MANY)), uncut)
     assert not steps
