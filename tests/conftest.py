@@ -22,6 +22,17 @@ def _folder(variable: str, default: Path) -> Path:
     return folder
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def n_threads(request):
+    """A test that asks for it runs with one thread of torch, and with two."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def reference_dir() -> Path:
     """Random networks in foreign layouts, with the outputs of the reference implementations."""

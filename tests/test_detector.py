@@ -125,8 +125,7 @@ def test_grid_search_over_training_and_inference_parameters():
     assert len(search.cv_results_["params"]) == 8
     assert search.best_estimator_.predict_maps(X).shape == X.shape
     scores = search.cv_results_["mean_test_score"]
-    for i in (0, 5):
-        params = search.cv_results_["params"][i]
+    for i, params in enumerate(search.cv_results_["params"]):
         by_hand = strict_detector(anomaly_map="image", **params).fit(X[:24]).predict_maps(X[24:])
         assert scores[i] == max_dice_per_image(y[24:], by_hand).dice
     for name, low, high in (("gamma", 0.05, 1.0), ("mask_loss_weight", 1e-3, 1.0), ("mask_ratio", 0.2, 0.4)):
@@ -194,14 +193,6 @@ def test_memory_is_not_spoilt_by_the_estimators_it_gave(healthy, tmp_path):
 NOISY = {"eta": 0.7, "n_steps": 5, "mask_threshold": 0.4}
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def n_threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("shape", "knobs"), [((16, 16), {}), ((17, 23), NOISY)], ids=["default", "noisy"])
 def test_results_do_not_depend_on_company_or_order(shape, knobs, n_threads):
     X = make_slices(24, *shape)
@@ -214,7 +205,7 @@ def test_results_do_not_depend_on_company_or_order(shape, knobs, n_threads):
         assert maps.max() > 0
         for rows in choices:
             np.testing.assert_array_equal(detector.predict_maps(X[rows]), maps[rows])
-        np.testing.assert_array_equal(detector.score_samples(X[rows]), scores[rows])
+            np.testing.assert_array_equal(detector.score_samples(X[rows]), scores[rows])
 
 
 def test_image_maps_do_not_depend_on_whether_others_in_the_batch_are_repaired(fitted, copied):
@@ -554,6 +545,11 @@ def test_a_single_group_is_split_by_slice(healthy):
 # What the fit itself checks, and one value for each part that it hands others to.
 BAD_PARAMETERS = [
     ("contamination", 0.6, "contamination must .* got 0.6"),
+    ("contamination", 0, r"contamination must be 'auto' or in \(0, 0\.5\], got 0"),
+    ("contamination", "some", "contamination must .* got 'some'"),
+    ("eta", 1.5, r"eta must lie in 0\.\.1, got 1\.5"),
+    ("mask_threshold", -0.1, r"mask_threshold must lie in 0\.\.1, got -0\.1"),
+    ("repaint", 1.5, r"repaint must lie in 0\.\.1, got 1\.5"),
     ("preset", "huge", "preset must be .* got 'huge'"),
     ("anomaly_map", "heat", "anomaly_map must be one of .* got 'heat'"),
     ("n_steps", 11, "n_steps must .* got 11"),

@@ -46,7 +46,7 @@ def test_every_preset_can_be_built(name):
     assert preset["corruption"] in CORRUPTIONS
     for stage in ("autoencoder_training", "denoiser_training"):
         Trainer().resolved(**preset[stage])
-    assert 0 < preset["autoencoder_time_share"] < 1
+    assert preset["autoencoder_time_share"] == 0.1  # 0.4 was measured to be worse
     make_objective(**{knob: preset[knob] for knob in OBJECTIVE_KNOBS})
     check_knobs(preset)
     NoiseSchedule.cosine(preset["n_timesteps"]).timesteps(preset["n_steps"], preset["step_spacing"])
@@ -61,7 +61,8 @@ def test_the_papers_values():
     steps = (paper["n_timesteps"], paper["n_steps"], paper["eta"], paper["mask_threshold"], paper["repaint"])
     assert steps == (10, 10, 0.0, 0.5, 0.0)
     a_map = (paper["anomaly_map"], paper["reference"], paper["map_difference"], paper["gamma"])
-    assert a_map == ("image", "input", "squared", 0.2) and paper["smoothing_px"] is None
+    assert a_map == ("image", "input", "squared", 0.2)
+    assert paper["smoothing"] == "gaussian" and paper["smoothing_px"] is None
     assert (paper["autoencoder"], paper["denoiser"]) == ("kl-f8", "L")
     training = {"learning_rate": 5e-4, "batch_size": 96, "max_epochs": 300, "ema_decay": 0.0}
     assert paper["denoiser_training"] == training
@@ -76,6 +77,8 @@ def test_the_original_differs_from_the_paper_where_its_code_does_and_nowhere_els
     assert original["denoiser"] == replace(UNET_SIZES[paper["denoiser"]], dropout=0.4)
     assert original["mask_patch_probabilities"] == (0.2, 0.3, 0.3, 0.2)
     assert (original["mask_loss"], original["eta"], original["gamma"]) == ("mse", 0.5, 0.25)
+    others = (original["brain_rule"], original["reference"], original["map_difference"])
+    assert others == ("original", "reconstruction", "absolute")
     training = original["denoiser_training"]
     assert training == paper["denoiser_training"] | {"max_epochs": 200, "learning_rate": 4e-5}
 

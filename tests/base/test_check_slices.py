@@ -264,14 +264,17 @@ def test_values_must_lie_in_the_range():
     refused(ValueError, message, np.array([[[-1.1, 0]]]), intensity_range=(-1, 1), input_name="slices")
 
 
-@pytest.mark.parametrize("value", ["percentile", (1, 0), (1, 1), (0, np.nan), (0, 1, 2), None, ("a", "b")])
+@pytest.mark.parametrize(
+    "value",
+    ["percentile", (1, 0), (1, 1), (0, np.nan), (0, np.inf), (-np.inf, 1), (0, 1, 2), None, ("a", "b")],
+)
 def test_intensity_range_must_be_one(value):
     with pytest.raises(ValueError, match="^intensity_range must be") as caught:
         check_slices(X3, intensity_range=value)
     assert f"got {value!r}" in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [(4,), (1, 2, 4, 6), 24, (-4, -6), (4.5, 6), ("a", "b")])
+@pytest.mark.parametrize("value", [(4,), (1, 2, 4, 6), 24, (0, 6), (-4, -6), (4.5, 6), ("a", "b")])
 def test_image_shape_must_be_one(value):
     for X in (X3, X3.reshape(5, -1)):
         with pytest.raises(ValueError, match="^image_shape must be") as caught:

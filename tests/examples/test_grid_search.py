@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.model_selection import ParameterGrid
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "grid_search.py"
 
@@ -38,6 +39,13 @@ def test_a_subject_with_healthy_slices_and_lesions_is_never_trained_on(example):
     for train, test in example.healthy_to_lesion_folds(lesion_masks, subjects):
         assert set(subjects[train]) <= {"s4", "s5", "s6", "s7"}
         assert set(subjects[test]) <= {"s0", "s1", "s2", "s3"}
+
+
+def test_candidates_come_in_the_order_of_the_heat_maps_cells(example):
+    for grid in (example.GRID, example.QUICK_GRID):
+        names = (example.GAMMA, example.LAMBDA, example.RATIO)
+        in_order = [tuple(candidate[name] for name in names) for candidate in ParameterGrid(grid)]
+        assert in_order == list(itertools.product(*(grid[name] for name in names)))
 
 
 @pytest.mark.slow

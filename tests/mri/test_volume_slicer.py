@@ -457,10 +457,13 @@ def test_nothing_is_read_when_nothing_is_to_learn(tmp_path):
     [
         ({"plane": "oblique"}, r"plane must be one of \['axial', 'coronal', 'sagittal'\], got 'oblique'"),
         ({"spacing_mm": 0}, r"spacing_mm must be a positive number or None, got 0"),
+        ({"spacing_mm": "1"}, r"spacing_mm must be a positive number or None, got '1'"),
         ({"slice_mm": -1.0}, r"slice_mm must be a positive number or None, got -1\.0"),
         ({"range_mm": (10, 0)}, r"range_mm must be \(low, high\) with finite low <= high, got \(10, 0\)"),
+        ({"range_mm": 10}, r"range_mm must be .* got 10"),
         ({"range_mm": (0, np.inf)}, r"range_mm must be .* got \(0, inf\)"),
         ({"shape": (0, 16)}, r"shape must be two positive integers \(H, W\), got \(0, 16\)"),
+        ({"shape": (16.0, 16)}, r"shape must be two positive integers \(H, W\), got \(16\.0, 16\)"),
         ({"shape": 16}, r"shape must be two positive integers \(H, W\), got 16"),
     ],
 )

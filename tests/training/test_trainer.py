@@ -185,7 +185,8 @@ def test_the_learning_rate_decays_with_the_time(monkeypatch):
     monkeypatch.setattr(madad.training.loop, "time", Clock(1.0))
     _, history = train(Trainer(10_000, max_time=300, batch_size=8, warmup_fraction=0.0))
     rates = [record["learning_rate"] for record in history]
-    assert rates == sorted(rates, reverse=True) and rates[0] > 9e-4 and rates[-1] < 1e-4
+    assert rates == sorted(rates, reverse=True) and rates[0] > 9e-4
+    assert rates[-1] == pytest.approx(1e-5)  # 1 % of the peak
 
 
 # Formulas

@@ -272,13 +272,34 @@ def test_an_interrupted_scan_is_not_whole(folder, scan, monkeypatch):
     assert is_preprocessed_whole(folder, scan, template=False)
 
 
+def test_contrasts_come_in_the_order_asked_for(folder, scan):
+    volumes = prepared(scan, False)
+    write_preprocessed(folder, scan, volumes)
+    (files,) = find_preprocessed(folder)
+    for names in (["T1", "FLAIR"], ["FLAIR", "T1"]):
+        for name, volume in zip(names, read_preprocessed(folder, files, names), strict=True):
+            np.testing.assert_array_equal(volume.volume.values, volumes[name].volume.values)
+
+
+def test_a_mask_drawn_on_the_second_contrast_is_written_on_the_grid_of_the_first(folder, scan):
+    volumes = dict(prepared(scan, False))
+    moved = save_scan(scan.images["T1"].parent / "moved.nii", shift_mm=30)
+    source = preprocess_scan(OWN_GRID, dataclasses.replace(scan, images={"FLAIR": moved}))["FLAIR"].source
+    back = AffineRegistration(nib.affines.from_matvec(np.eye(3), [-30, 0, 0]), 0.2, 0.99)
+    volumes["FLAIR"] = dataclasses.replace(volumes["FLAIR"], source=source, registration=back)
+    mask = save_mask(scan.lesion_mask, moved, np.s_[9:14, 12:18, 8:12])
+    write_preprocessed(folder, scan, volumes)
+    (files,) = find_preprocessed(folder)
+    written = read_volume(files.scan.lesion_mask).values > 0
+    np.testing.assert_array_equal(written, read_volume(mask).values > 0)
+
+
 # What cannot be used
 
 
 def test_contrasts_that_are_not_there_are_named(folder, scan):
     write_preprocessed(folder, scan, prepared(scan, False))
     (files,) = find_preprocessed(folder)
-    assert len(read_preprocessed(folder, files, ["FLAIR", "T1"])) == 2
     message = r"contrasts must be among those of sub-01, got \['T2'\], with \['FLAIR', 'T1'\] there"
     with pytest.raises(ValueError, match=message):
         read_preprocessed(folder, files, ["T1", "T2"])
