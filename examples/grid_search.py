@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import joblib
 import numpy as np
 from matplotlib.figure import Figure
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
@@ -51,8 +52,8 @@ def healthy_to_lesion_folds(lesion_masks, subjects, n_folds=2):
 
 def count_trainings(memory):
     """How many results of each training stage the cache holds."""
-    entries = Path(memory).rglob("output.pkl")
-    return Counter(entry.parent.parent.name.removeprefix("_fit_") for entry in entries)
+    results = (joblib.load(entry) for entry in Path(memory).rglob("output.pkl"))
+    return Counter("autoencoder" if isinstance(one, LatentAutoencoder) else "denoiser" for one in results)
 
 
 def print_table(results):

@@ -1182,9 +1182,7 @@ def same_handlers():
     assert handlers() == before
 
 
-@pytest.mark.parametrize(
-    "number, step", [(signal.SIGINT, 0), (signal.SIGTERM, 4), (signal.SIGINT, 8)]
-)
+@pytest.mark.parametrize("number, step", [(signal.SIGINT, 0), (signal.SIGTERM, 4), (signal.SIGINT, 8)])
 def test_a_signal_stops_training_in_good_order(tmp_path, uninterrupted, same_handlers, number, step):
     seen, message = (
         [],
