@@ -18,7 +18,6 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import joblib
 import numpy as np
 from matplotlib.figure import Figure
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
@@ -52,8 +51,8 @@ def healthy_to_lesion_folds(lesion_masks, subjects, n_folds=2):
 
 def count_trainings(memory):
     """How many results of each training stage the cache holds."""
-    results = (joblib.load(entry) for entry in Path(memory).rglob("output.pkl"))
-    return Counter("autoencoder" if isinstance(one, LatentAutoencoder) else "denoiser" for one in results)
+    entries = Path(memory).rglob("output.pkl")
+    return Counter(entry.parent.parent.name.removeprefix("_") for entry in entries)
 
 
 def print_table(results):
