@@ -159,9 +159,9 @@ class DenoisingAutoencoderWithOurMap(DenoisingAutoencoder):
 
     def _map_batches(self, stack):
         start = 0
-        for x, brain, n_valid in self._network_batches(stack):
-            restored = self._restored(x, brain)[:n_valid].clamp(-1, 1).cpu().numpy()
-            images, inside = x[:n_valid].cpu().numpy(), brain[:n_valid]
+        for _, x, brain, n_valid in self._network_batches(stack):
+            restored = self._restored(x, brain[:, 0])[:n_valid].clamp(-1, 1).cpu().numpy()
+            images, inside = x[:n_valid].cpu().numpy(), brain[:n_valid, 0]
             raw = image_map(restored, images, gamma=OUR_GAMMA, difference="relative", brain_mask=inside)
             yield start, finish_map(raw, inside, self.smoothing_px, (images + 1) / 2), inside
             start += n_valid

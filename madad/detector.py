@@ -395,14 +395,14 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
         def decisive():
             identity = autoencoder.identity(running.healthy, running.subjects)
-            return "autoencoder", identity, str(self.device), autoencoder.trainer.decisive()
+            return identity, str(self.device), autoencoder.trainer.decisive()
 
         def train():
             with running.task.stage("autoencoder", fits=autoencoder):
                 autoencoder.set_params(verbose=self.verbose).fit_stack(running.healthy, running.subjects)
             return autoencoder.set_params(trainer=autoencoder.trainer.portable())
 
-        return running.memory.result(train, decisive, running.was_stopped)
+        return running.memory.result("autoencoder", train, decisive, running.was_stopped)
 
     def _train_denoiser(self, running: _Fit, seed: int) -> tuple[nn.Module, list[dict]]:
         autoencoder, trainer, stop = self.autoencoder_, self._make_trainer(), running.stop
@@ -428,7 +428,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
         def decisive():
             known = settings | {"trainer": trainer.decisive()}
-            return "denoiser", denoiser_identity(autoencoder, running.healthy, **known), str(self.device)
+            return denoiser_identity(autoencoder, running.healthy, **known), str(self.device)
 
         def train():
             return train_denoiser(
@@ -441,7 +441,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
                 **settings,
             )
 
-        return running.memory.result(train, decisive, running.was_stopped)
+        return running.memory.result("denoiser", train, decisive, running.was_stopped)
 
     def _make_autoencoder(self, seed: int) -> LatentAutoencoder:
         autoencoder = self._value_of("autoencoder")

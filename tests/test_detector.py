@@ -194,8 +194,16 @@ def test_memory_is_not_spoilt_by_the_estimators_it_gave(healthy, tmp_path):
 NOISY = {"eta": 0.7, "n_steps": 5, "mask_threshold": 0.4}
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def n_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("shape", "knobs"), [((16, 16), {}), ((17, 23), NOISY)], ids=["default", "noisy"])
-def test_results_do_not_depend_on_company_or_order(shape, knobs):
+def test_results_do_not_depend_on_company_or_order(shape, knobs, n_threads):
     X = make_slices(24, *shape)
     detector = strict_detector(**knobs).fit(X)
     rng = np.random.default_rng(0)
@@ -1113,7 +1121,7 @@ def test_runs_that_share_a_directory_do_not_meet(tmp_path, uncut, steps):
         assert steps["denoiser"] == UNCUT["denoiser"]
     np.testing.assert_array_equal(learnt(other), expected)
     names = Counter(path.name.rpartition("-")[0] for path in directory.iterdir())
-    assert names == {"autoencoder": 4, "denoiser": 7}  # corruption and weight are the denoiser's alone
+    assert names == {"autoencoder": 5, "denoiser": 7}  # corruption and weight are the denoiser's alone
     steps.clear()
     np.testing.assert_array_equal(learnt(mine.fit(MANY)), uncut)
     assert not steps

@@ -36,17 +36,22 @@ class StageMemory:
         return self._memory.location if getattr(self._memory, "backend", None) == "local" else None
 
     def result(
-        self, train: Callable[[], T], decisive: Callable[[], tuple], was_stopped: Callable[[], bool]
+        self,
+        stage: str,
+        train: Callable[[], T],
+        decisive: Callable[[], tuple],
+        was_stopped: Callable[[], bool],
     ) -> T:
         """What a stage's training gives, from the memory where it is known.
 
         Parameters
         ----------
+        stage : {"autoencoder", "denoiser"}
+            Which of the two is trained: joblib keeps each in a folder of its name.
         train : callable () -> result
             Trains the stage.
         decisive : callable () -> tuple
-            All that decides the result, the stage's name too. Asked only where something is kept: hashing
-            takes time.
+            All that decides the result. Asked only where something is kept: hashing takes time.
         was_stopped : callable () -> bool
             Whether a signal or a callback ended the training early. Such a result is given and not kept.
         """
@@ -62,7 +67,7 @@ class StageMemory:
                 raise _NotKept
             return trained[0]
 
-        cached = self._memory.cache(_stage, ignore=["train"])
+        cached = self._memory.cache(_STAGES[stage], ignore=["train"])
         if self.team.size > 1:
             known = self.team.broadcast(_look_up(cached, key))
             if known is not None:
@@ -77,9 +82,16 @@ class _NotKept(Exception):
     """Leaves a function that joblib caches, which would keep what is returned."""
 
 
-def _stage(key: str, train: Callable[[], Any]) -> Any:
-    """What joblib keeps by its key; at the top of a module, where other processes find it again."""
+# What joblib keeps by its key; at the top of a module, where other processes find it again.
+def _autoencoder(key: str, train: Callable[[], Any]) -> Any:
     return train()
+
+
+def _denoiser(key: str, train: Callable[[], Any]) -> Any:
+    return train()
+
+
+_STAGES = {"autoencoder": _autoencoder, "denoiser": _denoiser}
 
 
 def _look_up(cached: Callable, key: str) -> Any:

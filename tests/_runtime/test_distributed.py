@@ -172,7 +172,7 @@ def test_the_slowest_process_decides_when_time_is_up(ranks):
     history = ranks[0]["timed"]["history"]
     assert 2 < history[-1]["step"] < 16  # 0.4 s of steps that take one of them 0.02 s
     rates = [record["learning_rate"] for record in history]
-    assert rates[-1] == pytest.approx(1e-3)  # 1 % of the peak
+    assert rates[-1] < max(rates) / 2  # it falls with the time
 
 
 @pytest.mark.slow

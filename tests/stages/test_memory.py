@@ -16,8 +16,8 @@ class Training:
         return np.full(3, self.n_calls)
 
 
-def keep(memory, train, *decisive, stopped=False):
-    return StageMemory(memory, ALONE).result(train, lambda: decisive, lambda: stopped)
+def keep(memory, train, stage, *decisive, stopped=False):
+    return StageMemory(memory, ALONE).result(stage, train, lambda: decisive, lambda: stopped)
 
 
 def test_a_result_is_known_by_what_decides_it(tmp_path):
@@ -46,7 +46,7 @@ def test_without_memory_nothing_is_kept_and_nothing_hashed():
 
     train = Training()
     for n in (1, 2):
-        assert StageMemory(None, ALONE).result(train, asked, lambda: False)[0] == n
+        assert StageMemory(None, ALONE).result("denoiser", train, asked, lambda: False)[0] == n
     assert StageMemory(None, ALONE).directory is None
 
 
