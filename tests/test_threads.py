@@ -11,10 +11,12 @@ import joblib
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys
-import joblib, numpy, torch
-from madad.testing import tiny_detector
+import joblib
 
 def threads(seed):
+    import numpy, torch  # by the workers alone
+    from madad.testing import tiny_detector
+
     tiny_detector().fit(numpy.random.default_rng(seed).uniform(0.1, 1, (8, 16, 16)))
     return torch.get_num_threads()
 

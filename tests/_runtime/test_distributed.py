@@ -247,3 +247,14 @@ def test_baselines_fit_as_they_are(folder, ranks):
     assert together.digest(model.denoiser_) == found["weights"]
     model.calibrate(together.SLICES.images[found["held_out"]])
     assert [model.offset_, model.map_threshold_] == found["thresholds"]
+
+
+@pytest.mark.slow
+def test_the_example_prints_once_and_leaves_one_model(folder, ranks):
+    (out, err), others = ranks[0]["example"]["own"], ranks[1]["example"]["own"]
+    assert err == "" and others == ("", "")
+    assert [line.split(":")[0] for line in out.splitlines()] == [
+        *("autoencoder", "denoiser", "2 processes; model")
+    ]
+    model = MaskedDiffusionAnomalyDetector.load(folder / "example" / "model")
+    assert model.history_[-1]["step"] == 4 and model.trainer.max_steps == 4

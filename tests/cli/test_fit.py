@@ -1,11 +1,12 @@
+import contextlib
 import errno
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,18 @@ import pytest
 from madad.cli import fit, main
 from madad.datasets import Scan
 from madad.training import Trainer
+from madad.training.loop import TrainingLoop
 from madad.volumes.model import VolumeModel
 
 ROOT = Path(__file__).parents[2]
 INTERRUPTED = Path(__file__).parents[1] / "distributed" / "interrupted_fit.py"
 TINY = ("--preset", "tiny", "--spacing-mm", "4", "--device", "cpu", "--quiet")
+
+
+def write_commands(folder, commands):
+    path = folder / "commands.json"
+    path.write_text(json.dumps([list(map(str, command)) for command in commands]))
+    return path
 
 
 def maps_of(model, image):
@@ -84,25 +92,35 @@ def test_an_interrupted_run_goes_on_by_resume_alone(run, model, prepared, health
     np.testing.assert_array_equal(maps_of(path, image), maps_of(model, image))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_killed_or_stopped_it_goes_on_by_resume(run, model, prepared, healthy, tmp_path, number):
+def killed(commands, tmp_path):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, INTERRUPTED, "SIGKILL", write_commands(tmp_path, commands)]
+    ran = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, timeout=120)
+    assert ran.returncode == -signal.SIGKILL
+
+
+def stopped(commands, tmp_path):
+    """By Ctrl-C, in this process."""
+    step = TrainingLoop._step
+
+    def interrupted(loop):
+        if loop.plan.stage == "denoiser" and loop.run.step == 5:
+            signal.raise_signal(signal.SIGINT)
+        step(loop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, "_step", interrupted)
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main([str(word) for word in commands[0]])
+    assert status == 130 and "--resume goes on" in err.getvalue()
+
+
+@pytest.mark.parametrize("ended", [killed, stopped])
+def test_killed_or_stopped_it_goes_on_by_resume(run, model, prepared, healthy, tmp_path, ended):
     path, work = tmp_path / "model", tmp_path / ".model-fit"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    running = subprocess.Popen(
-        [sys.executable, "-m", "madad", "fit", prepared, path, *TINY],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not list(work.glob("checkpoints/*")):
-        assert running.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    running.send_signal(number)
-    _, errors = running.communicate(timeout=120)
-    if number == signal.SIGINT:
-        assert running.returncode == 130 and "--resume goes on" in errors and "Traceback" not in errors
-    assert not path.exists()
+    ended([("fit", prepared, path, *TINY)], tmp_path)
+    assert not path.exists() and list(work.glob("checkpoints/*"))
     status, _, errors = run("fit", prepared, path, *TINY)
     assert status == 2 and "--resume" in errors and not path.exists()
     assert run("fit", prepared, path, *TINY, "--resume")[0] == 0
@@ -235,10 +253,22 @@ def test_other_planes(run, prepared, healthy, tmp_path, plane):
 
 @pytest.mark.slow
 def test_processes_of_torchrun_train_together_and_go_on(torchrun, model, prepared, healthy, tmp_path, tree):
-    command = ("fit", prepared, tmp_path / "whole", *TINY[:-1])
-    whole = torchrun("-m", "madad", *command, "--json")
-    assert whole.returncode == 0 and whole.stderr == "", whole.stderr
-    facts = json.loads(whole.stdout)  # printed once
+    refused = ("fit", healthy.parent, tmp_path / "refused", *TINY)
+    whole = ("fit", prepared, tmp_path / "whole", *TINY[:-1], "--json")
+    command = ("fit", prepared, tmp_path / "model", *TINY)
+    commands = write_commands(tmp_path, [refused, whole, command])
+    interrupted = torchrun(INTERRUPTED, "SIGTERM", commands)
+    assert interrupted.returncode != 0, interrupted.stderr
+    assert interrupted.stderr.count("--resume goes on") == 1, interrupted.stderr
+    assert not (tmp_path / "model").exists()
+    assert len(list((tmp_path / ".model-fit" / "checkpoints").iterdir())) == 2
+
+    first, other = (json.loads((tmp_path / f"commands.{rank}.json").read_text()) for rank in range(2))
+    assert [one["status"] for one in first + other] == [2, 0, 2, 0]
+    assert first[0]["err"].count("madad preprocess wrote") == 1 and other[0]["err"] == ""  # one says it
+    assert not list(tmp_path.glob("*refused*"))
+    facts = json.loads(first[1]["out"])
+    assert first[1]["err"] == other[1]["out"] == other[1]["err"] == ""
     assert facts["held_out_volumes"] == 1 and not (tmp_path / ".whole-fit").exists()
     both, alone = (VolumeModel.load(path, "cpu") for path in (tmp_path / "whole", model))
     scans = (Scan(f"h{i}", {"T1": healthy.parent / f"h{i}.nii.gz"}) for i in range(5))
@@ -246,21 +276,10 @@ def test_processes_of_torchrun_train_together_and_go_on(torchrun, model, prepare
     losses = ([record["loss"] for record in one.detector.history_] for one in (both, alone))
     np.testing.assert_allclose(*losses, rtol=0.15)
 
-    command = ("fit", prepared, tmp_path / "model", *TINY)
-    stopped = torchrun(INTERRUPTED, *command)
-    assert stopped.returncode != 0 and stopped.stderr.count("--resume goes on") == 1, stopped.stderr
-    assert not (tmp_path / "model").exists()
-    assert len(list((tmp_path / ".model-fit" / "checkpoints").iterdir())) == 2
-    resumed = torchrun("-m", "madad", *command, "--resume")
-    assert resumed.returncode == 0 and resumed.stdout.count("slices of 5 subjects") == 1, resumed.stderr
+    resumed = torchrun("-m", "madad", *command[:-1], "--json", "--resume")
+    assert resumed.returncode == 0 and resumed.stderr == "", resumed.stderr
+    assert json.loads(resumed.stdout)["subjects"] == 5  # printed once
     again, before = tree(tmp_path / "model"), tree(tmp_path / "whole")
     for name in ("README.md", "config.json"):  # with names and with seconds
         assert again.pop(name) and before.pop(name)
     assert again == before
-
-
-@pytest.mark.slow
-def test_of_torchruns_processes_one_says_what_is_wrong(torchrun, healthy, tmp_path):
-    refused = torchrun("-m", "madad", "fit", healthy.parent, tmp_path / "model", *TINY)
-    assert refused.returncode != 0 and refused.stderr.count("madad preprocess wrote") == 1
-    assert "FirstFailedError" not in refused.stderr and not list(tmp_path.iterdir())

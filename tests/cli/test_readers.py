@@ -41,10 +41,20 @@ def outcomes(loads, n_readers):
     return found
 
 
+HARMLESS = [*(partial(pow, 2, i) for i in range(4)), partial(int, "x"), os.getpid, os.getpid]
+DEADLY = [DIES, partial(pow, 3, 3), partial(os._exit, 7), partial(pow, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def by_two():
+    """What two readers made of the harmless and then of the deadly ones."""
+    return outcomes(HARMLESS + DEADLY, 2)
+
+
 @pytest.mark.parametrize("n_readers", [0, 2])
-def test_items_and_errors_come_in_order(n_readers):
-    loads = [partial(pow, 2, i) for i in range(4)] + [partial(int, "x"), os.getpid, os.getpid]
-    *powers, error, one, two = outcomes(loads, n_readers)
+def test_items_and_errors_come_in_order(n_readers, by_two):
+    found = by_two if n_readers else outcomes(HARMLESS, 0)
+    *powers, error, one, two = found[: len(HARMLESS)]
     assert powers == [1, 2, 4, 8]
     assert isinstance(error, ValueError) and str(error) == "invalid literal for int() with base 10: 'x'"
     assert (one == os.getpid()) == (n_readers == 0) and (one == two) == (n_readers < 2)
@@ -56,12 +66,9 @@ def test_nothing_to_load_needs_no_reader():
     assert outcomes([], 2) == []
 
 
-def test_a_dead_reader_costs_what_it_was_at():
-    numbers = [partial(pow, 3, i) for i in range(5)]
-    first, second, third, died, fourth, left, fifth = outcomes(
-        [*numbers[:3], DIES, numbers[3], partial(os._exit, 7), numbers[4]], 2
-    )
-    assert [first, second, third, fourth, fifth] == [1, 3, 9, 27, 81]
+def test_a_dead_reader_costs_what_it_was_at(by_two):
+    died, one, left, another = by_two[len(HARMLESS) :]
+    assert [one, another] == [27, 81]
     for error, code in ((died, -signal.SIGKILL), (left, 7)):
         assert isinstance(error, RuntimeError) and f"got exit code {code}." in str(error)
         assert "memory" in str(error) and "--readers 0" in str(error)
@@ -85,10 +92,23 @@ import os, sys, time
 from functools import partial
 from madad.cli._readers import read_ahead
 
-if sys.argv[1] == "unguarded" or __name__ == "__main__":
-    with read_ahead([os.getpid, os.getpid, *[partial(time.sleep, 600)] * 2], 2) as answers:
-        print(next(answers)(), next(answers)(), flush=True)
+def ask(n_readers):
+    loads = [*[os.getpid] * n_readers, *[partial(time.sleep, 600)] * n_readers]
+    with read_ahead(loads, n_readers) as answers:
+        print(os.getpid(), *(next(answers)() for _ in range(n_readers)), flush=True)
         next(answers)()
+
+if sys.argv[1:] == ["unguarded"]:
+    ask(1)
+elif __name__ == "__main__":
+    for name, n_readers in (("SIGINT", 2), ("SIGTERM", 1), ("SIGKILL", 1)):
+        if os.fork() == 0:  # spares each the import
+            os.setsid()
+            sys.stdout, sys.stderr = (open(f"{sys.argv[1]}/{name}.{end}", "w") for end in ("out", "err"))
+            ask(n_readers)
+            sys.exit()
+    for _ in range(3):
+        os.wait()
 """
 
 
@@ -97,25 +117,34 @@ def start(tmp_path, word):
     return subprocess.Popen(
         [sys.executable, tmp_path / "script.py", word],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
 
 
+@pytest.fixture(scope="module")
+def askers(tmp_path_factory):
+    """The folder of three processes that each wait for readers, and what they print."""
+    folder = tmp_path_factory.mktemp("askers")
+    running = start(folder, str(folder))
+    yield folder
+    running.communicate(timeout=SECONDS)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_readers_end_with_the_process_that_asks(tmp_path, name):
-    running = start(tmp_path, "guarded")
-    readers = [psutil.Process(int(pid)) for pid in running.stdout.readline().split()]
-    assert len(readers) == 2
+def test_readers_end_with_the_process_that_asks(askers, name):
+    out = askers / f"{name}.out"
+    wait_until(lambda: out.exists() and out.read_text().endswith("\n"))
+    asker, *readers = [psutil.Process(int(pid)) for pid in out.read_text().split()]
+    assert len(readers) == (2 if name == "SIGINT" else 1)
     if name == "SIGINT":  # as Ctrl-C, to all of them
-        os.killpg(running.pid, signal.SIGINT)
+        os.killpg(asker.pid, signal.SIGINT)
     else:
-        running.send_signal(getattr(signal, name))
-    _, errors = running.communicate(timeout=SECONDS)
-    assert psutil.wait_procs(readers, timeout=SECONDS)[1] == []
-    assert errors.count("Traceback") == (name == "SIGINT")  # of the one that asks alone
+        asker.send_signal(getattr(signal, name))
+    assert psutil.wait_procs([asker, *readers], timeout=SECONDS)[1] == []
+    # of the one that asks alone
+    assert (askers / f"{name}.err").read_text().count("Traceback") == (name == "SIGINT")
 
 
 def test_a_script_that_starts_itself_again_is_told(tmp_path):

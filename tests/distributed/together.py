@@ -5,9 +5,12 @@
 Each function gets a folder of its own that the processes share, and returns what is compared.
 """
 
+import contextlib
 import hashlib
+import io
 import math
 import pickle
+import runpy
 import signal
 import sys
 import threading
@@ -31,6 +34,7 @@ from madad.testing import tiny_autoencoder, tiny_detector
 
 N = 24
 IMAGES = torch.randn(N, 3, 4, 4, generator=torch.Generator().manual_seed(4))
+EXAMPLE = Path(__file__).parents[2] / "examples" / "torchrun.py"
 SLICES = make_brain_slices(40, size=32, random_state=0)
 
 
@@ -247,8 +251,19 @@ def baseline(folder):
     return found | {"weights": digest(fitted.denoiser_), "held_out": fitted.calibration_rows_.tolist()}
 
 
+def example(folder):
+    """The example as users run it, and what it shows."""
+    out, err = io.StringIO(), io.StringIO()
+    small = ("--steps", "4", "--n-slices", "24", "--size", "32", "--out", str(folder / "model"))
+    before, sys.argv = sys.argv, [str(EXAMPLE), *small]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    sys.argv = before
+    return {"own": (out.getvalue(), err.getvalue())}
+
+
 TASKS = (plain, noisy, stopped, timed, asked, refused, children, autoencoder, latents) + (
-    *(detector, volumes, baseline),
+    *(detector, volumes, baseline, example),
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,17 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 X = np.random.default_rng(0).random((12, 16, 16), dtype=np.float32)
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
+    tiny_detector().fit(X).save(path)
+    return path
+
+
 @pytest.fixture
-def saved(tmp_path):
-    tiny_detector().fit(X).save(tmp_path / "model")
-    return tmp_path / "model"
+def saved(saved_once, tmp_path):
+    """A copy, to be changed."""
+    return shutil.copytree(saved_once, tmp_path / "model")
 
 
 def contents(folder):

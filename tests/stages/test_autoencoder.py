@@ -16,6 +16,7 @@ from torch import nn
 
 import madad.stages.autoencoder
 from madad._runtime.random import isolated_seed
+from madad.base.check_slices import check_slices
 from madad.datasets import make_brain_slices
 from madad.nn import AUTOENCODER_SIZES, AutoencoderConfig, AutoencoderKL
 from madad.stages.augmentation import SliceAugmentation
@@ -444,14 +445,18 @@ def results():
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=of_change)
-def test_each_parameter_changes_the_result_and_one_seed_gives_one_network(change, results):
-    before = torch.get_rng_state()
-    state, again = state_of(fit_short(**change)), state_of(fit_short(**change))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert list(state) == list(again) and all(torch.equal(state[name], again[name]) for name in state)
+def test_each_parameter_changes_the_result(change, results):
+    state = state_of(fit_short(**change))
     for other in results:
         assert not all(torch.equal(state[name], other[name]) for name in state)
     results.append(state)
+
+
+def test_one_seed_gives_one_network_with_everything_that_draws():
+    before = torch.get_rng_state()
+    state, again = state_of(fit_short(**EVERYTHING)), state_of(fit_short(**EVERYTHING))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(state) == list(again) and all(torch.equal(state[name], again[name]) for name in state)
 
 
 def test_each_parameter_reaches_the_objective(monkeypatch):
@@ -567,9 +572,15 @@ def test_an_unknown_perceptual_distance_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    "name", ["kl_weight", "structure_weight", "perceptual_weight", "adversarial_weight", "adversarial_start"]
+    "name, value",
+    [
+        ("kl_weight", -1),
+        ("structure_weight", np.nan),
+        ("perceptual_weight", -1),
+        ("adversarial_weight", np.nan),
+        ("adversarial_start", -1),
+    ],
 )
-@pytest.mark.parametrize("value", [-1, np.nan])
 def test_bad_weights_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"^{name} must .* got {value}"):
         fit_short(**{name: value})
@@ -832,7 +843,20 @@ def directory(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("other", OTHER)
+def test_all_other_data_and_other_settings_have_another_identity():
+    identities = set()
+    for options in ({}, *OTHER.values()):
+        given = {"X": SLICES, "groups": SUBJECTS, "brain_mask": None} | options
+        X, groups, brain_mask = (given.pop(name) for name in ("X", "groups", "brain_mask"))
+        autoencoder = tiny_autoencoder(**(EVERYTHING | {"size": NO_SHORTCUT} | UNIT | given))
+        stack = check_slices(X, intensity_range=(0.0, 1.0), brain_mask=brain_mask)
+        identities.add(autoencoder.identity(stack, groups))
+    assert len(identities) == 1 + len(OTHER)
+
+
+@pytest.mark.parametrize(
+    "other", ["one pixel", "other groups", "no groups", "brain_mask", "augmentation", "random_state"]
+)
 def test_other_data_and_other_settings_do_not_read_it(directory, other, uninterrupted):
     n_files, seen = len(list(directory.iterdir())), []
     found = learnt(fit_in(directory, seen=seen, **OTHER[other]))

@@ -157,7 +157,7 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize("max_time", [1, 2, 3, 4, 5, 10, 33, 34, 35, 36, 37, 100])
+@pytest.mark.parametrize("max_time", [1, 3, 34, 35, 100])
 def test_time_ends_training_wherever_it_runs_out(monkeypatch, max_time):
     monkeypatch.setattr(madad.training.loop, "time", Clock(1.0))
     seen = []
@@ -463,37 +463,36 @@ def test_a_loss_that_is_not_finite_is_an_error(value):
         train(Trainer(5, batch_size=8), loss=loss)
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        *[
-            (name, value)
-            for name in ("max_epochs", "max_steps", "batch_size", "max_time")
-            for value in (0, -3)
-        ],
-        ("max_time", math.nan),
-        ("clock", "sun"),
-        *[("learning_rate", value) for value in (0, -0.1, math.nan)],
-        *[("weight_decay", value) for value in (-0.1, math.nan)],
-        *[
-            (name, value)
-            for name in ("warmup_fraction", "ema_decay", "validation_fraction")
-            for value in (1.0, -0.1, math.nan)
-        ],
-        *[(name, value) for name in ("validate_every", "patience") for value in (0, -1, 1.5, "x")],
-        *[("checkpoint_every_s", value) for value in (-1, math.nan)],
-        *[("resume", value) for value in (True, "always")],
-        *[(name, "yes") for name in ("compile", "channels_last", "activation_checkpointing", "batch_size")],
-        *[("accumulate", value) for value in (0, -1, 1.5, math.inf)],
-        *[("gradient_clip", value) for value in (0, -1.0, math.nan)],
-        *[("precision", value) for value in ("float16", 32)],
-    ],
-)
-def test_wrong_parameters_are_refused(name, value):
-    trainer = Trainer().set_params(**{name: value})
-    with pytest.raises(ValueError, match=f"^{name} must ") as caught:
-        train(trainer)
-    assert f"got {value!r}" in str(caught.value)
+WRONG = {
+    "max_epochs": (0, -3),
+    "max_steps": (0, -3),
+    "max_time": (0, -3, math.nan),
+    "clock": ("sun",),
+    "batch_size": (0, -3, "yes"),
+    "learning_rate": (0, -0.1, math.nan),
+    "weight_decay": (-0.1, math.nan),
+    "warmup_fraction": (1.0, -0.1, math.nan),
+    "ema_decay": (1.0, -0.1, math.nan),
+    "validation_fraction": (1.0, -0.1, math.nan),
+    "validate_every": (0, -1, 1.5, "x"),
+    "patience": (0, -1, 1.5, "x"),
+    "checkpoint_every_s": (-1, math.nan),
+    "resume": (True, "always"),
+    "compile": ("yes",),
+    "channels_last": ("yes",),
+    "activation_checkpointing": ("yes",),
+    "accumulate": (0, -1, 1.5, math.inf),
+    "gradient_clip": (0, -1.0, math.nan),
+    "precision": ("float16", 32),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_parameters_are_refused(name):
+    for value in WRONG[name]:
+        with pytest.raises(ValueError, match=f"^{name} must ") as caught:
+            train(Trainer().set_params(**{name: value}))
+        assert f"got {value!r}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -905,8 +904,10 @@ def test_everything_changes_and_the_best_is_not_the_last(uninterrupted):
     assert {"loss", "term", "half", "plain", "rival_loss", "real"} < set(history[0])
 
 
-@pytest.mark.parametrize("every", [0, 4, 1e9])
-@pytest.mark.parametrize("at", [(0,), (1,), (3,), (5,), (8,), (15,), (2, 3, 10)])
+@pytest.mark.parametrize(
+    "at, every",
+    [((0,), 0), ((1,), 4), ((3,), 1e9), ((5,), 0), ((8,), 4), ((15,), 4), ((2, 3, 10), 0)],
+)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch, uninterrupted, at, every):
     monkeypatch.setattr(madad.training.loop, "time", Clock(1.0))
     for step in at:
@@ -920,16 +921,15 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, monkeypatch, u
 
 
 @pytest.mark.parametrize(
-    "options",
+    "at, options",
     [
-        {"ema_decay": 0.0},
-        {"precision": "bfloat16"},
-        {"patience": 1},
-        {"patience": 2},
-        {"channels_last": True},
+        (5, {"ema_decay": 0.0}),
+        (10, {"precision": "bfloat16"}),
+        (5, {"patience": 1}),
+        (5, {"patience": 2}),
+        (10, {"channels_last": True}),
     ],
 )
-@pytest.mark.parametrize("at", [5, 10])
 def test_other_settings_resume_as_well(tmp_path, options, at):
     expected = everything(None, **options)
     with contextlib.suppress(Interruption):  # patience may come first
@@ -1085,7 +1085,7 @@ def damage(path, kind):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("kind", ["empty", "no checkpoint", 0.001, 0.99, 0, 700, -1])
+@pytest.mark.parametrize("kind", ["empty", "no checkpoint", 0.99, 700])
 def test_a_damaged_checkpoint_is_named_and_training_starts_anew(tmp_path, uninterrupted, kind):
     with pytest.raises(Interruption):
         everything(tmp_path, at=[9], happens=interrupt)
@@ -1183,8 +1183,7 @@ def same_handlers():
     assert handlers() == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [0, 4, 8])
+@pytest.mark.parametrize("number, step", [(signal.SIGINT, 0), (signal.SIGTERM, 4), (signal.SIGINT, 8)])
 def test_a_signal_stops_training_in_good_order(tmp_path, uninterrupted, same_handlers, number, step):
     seen, message = (
         [],
