@@ -346,7 +346,7 @@ def slices(n: int, side: int) -> np.ndarray:
 
 def trained_briefly(preset: str) -> MaskedDiffusionAnomalyDetector:
     """A preset's detector, to be fitted in two steps."""
-    few = {"max_steps": 2, "precision": "float32"}
+    few = {"max_steps": 2, "precision": "float32", "batch_size": "auto"}
     first = LatentAutoencoder(PRESETS[preset]["autoencoder"], trainer=Trainer(**few))
     return MaskedDiffusionAnomalyDetector(
         preset, autoencoder=first, trainer=Trainer(**few), device="cpu", random_state=0

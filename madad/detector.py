@@ -56,7 +56,7 @@ class _Fit(NamedTuple):
     stop: StopRequest
 
     def was_stopped(self) -> bool:
-        """Whether a signal or a callback ended a training early."""
+        """Whether a signal, or a callback of scikit-learn's, ended a training early."""
         return self.stop.signal is not None or self.task.was_stopped
 
 
@@ -358,9 +358,11 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
     def _recipe(self) -> MapRecipe:
         return MapRecipe(**{field.name: self._value_of(field.name) for field in fields(MapRecipe)})
 
+    def _sampler(self) -> MaskedDDIM:
+        return MaskedDDIM(**{field.name: self._value_of(field.name) for field in fields(MaskedDDIM)})
+
     def _repair(self) -> Repair:
-        sampler = MaskedDDIM(**{field.name: self._value_of(field.name) for field in fields(MaskedDDIM)})
-        return make_repair(sampler, self._repaint_share())
+        return make_repair(self._sampler(), self._repaint_share())
 
     def _repaint_share(self) -> float:
         """``repaint``, or 0 where it is left open and the network never learnt to."""
@@ -371,8 +373,7 @@ class MaskedDiffusionAnomalyDetector(CallbackSupport, AnomalyMapDetector):
 
     def _map_settings(self) -> dict:
         self._repair()  # refuses a share outside its range
-        of_steps = {field.name: self._value_of(field.name) for field in fields(MaskedDDIM)}
-        return of_steps | {"repaint": self._repaint_share()} | asdict(self._recipe())
+        return asdict(self._sampler()) | {"repaint": self._repaint_share()} | asdict(self._recipe())
 
     def _teaches_to_repaint(self) -> bool:
         corruption = self._value_of("corruption")

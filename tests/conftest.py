@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported, and for the processes that tests start: on small tensors a second thread only waits,
-# and on a busy machine it takes a multiple of the time. Tests of threads set their number themselves.
+# Before torch is imported, and for the processes that tests start: on small tensors a second thread only
+# waits, and on a busy machine it takes a multiple of the time. Tests of threads set their number themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]

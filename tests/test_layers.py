@@ -79,5 +79,10 @@ def test_the_top_level_gives_what_it_names_and_nothing_else():
 
     assert all(getattr(madad, name) is not None for name in madad.__all__)
     assert set(madad.__all__) <= set(dir(madad))
+    folders = {path.name for path in (ROOT / "madad").iterdir() if (path / "__init__.py").is_file()}
+    assert folders - {"_runtime", "cli"} <= set(dir(madad))
+    in_a_new_process = "import madad; print(madad.metrics.max_dice_scorer, madad.mri.read_volume)"
+    done = subprocess.run([sys.executable, "-c", in_a_new_process], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     with pytest.raises(AttributeError, match="module 'madad' has no attribute 'Detector'"):
         madad.Detector  # noqa: B018

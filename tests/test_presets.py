@@ -26,6 +26,10 @@ def check_knobs(knobs):
     MapRecipe(**{name: knobs[name] for name in MAP})
 
 
+def test_the_knobs_of_inference_are_those_of_the_repair_and_of_the_map():
+    assert set(INFERENCE_KNOBS) == {*STEPS, "repaint", *MAP}
+
+
 @every_preset
 def test_every_preset_has_every_knob_and_no_other(name):
     assert set(PRESETS[name]) == NETWORKS | TRAINING | set(OBJECTIVE_KNOBS) | set(INFERENCE_KNOBS)

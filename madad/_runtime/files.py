@@ -59,8 +59,10 @@ def write_text(path: Path, text: str) -> None:
     OSError
         As `whole_file`.
     """
-    with whole_file(path) as scratch:
-        scratch.write_text(text, encoding="utf-8", newline="")
+    with whole_file(path) as scratch, open(scratch, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave the new name with nothing in it
 
 
 def write_json(path: Path, content: dict) -> None:

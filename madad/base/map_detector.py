@@ -194,7 +194,7 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         return load_detector(cls, path)
 
     def to_config(self) -> dict[str, Any]:
-        """The parameters without those of one machine, and the shape of a network that was given."""
+        """The parameters without those of one machine; in place of a network that was given, its shape."""
         config = super().to_config()
         for name, _, kind in self._named_parts():
             if type(config.get(name)) is kind and issubclass(kind, PortableNetwork):
@@ -255,7 +255,8 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         return [(attribute.rstrip("_"), attribute, kind) for attribute, kind in cls._saved_parts.items()]
 
     @classmethod
-    def _tensor_files(cls) -> tuple[str, ...]:
+    def tensor_files(cls) -> tuple[str, ...]:
+        """Names of the files of tensors beside a saved detector, without their ending."""
         return tuple(attribute.rstrip("_") for attribute in (*cls._saved_parts, *cls._saved_arrays))
 
     def _gathered(self, stack: SliceStack, dtype, of_maps: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -370,10 +371,14 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
         packed = {}
         for name, kind in self._saved_parts.items():
             network = state.get(name)
-            if type(network) is kind and isinstance(network, PortableNetwork):  # a subclass may be another
-                packed[name] = network.to_saved()
-                del state[name]
-            elif isinstance(network, nn.Module):
+            try:  # a subclass may do something else
+                if type(network) is kind and isinstance(network, PortableNetwork):
+                    packed[name] = network.to_saved()
+                    del state[name]
+                    continue
+            except TypeError:  # its layers are no longer those of its config
+                pass
+            if isinstance(network, nn.Module):
                 state[name] = copy.deepcopy(network).cpu()
         return state | {"_packed": packed}
 

@@ -37,7 +37,7 @@ class SliceEstimator(BaseEstimator):
     def to_config(self) -> dict[str, Any]:
         """The parameters without those of one machine; see `madad._runtime.portable`.
 
-        A ``random_state`` that is a generator is one of its draws, and no seed: it becomes None.
+        A `RandomState` has no seed to write down: it becomes None.
         """
         config = {
             name: value for name, value in self.get_params(deep=False).items() if name not in OF_ONE_MACHINE

@@ -41,7 +41,8 @@ class AutoencoderResidual(RestoringBaseline):
         Give the default autoencoder a KL divergence that matters; see Notes. An autoencoder that is given
         has a ``kl_weight`` of its own.
     trainer : Trainer or None
-        Trains the default autoencoder. What it leaves at None, or None for it, is 3000 steps of 16 slices.
+        Trains the default autoencoder. None, here or in its
+        parameters, is 3000 steps of 16 slices at a rate of 0.001.
     smoothing_px : float or None
         Standard deviation of the Gaussian over the map; None = 5 px at 256, scaled to the slice's size.
     contamination, image_specificity, pixel_specificity, calibration_fraction :
@@ -148,10 +149,8 @@ class AutoencoderResidual(RestoringBaseline):
 
     def _make_autoencoder(self) -> LatentAutoencoder:
         if self.autoencoder is not None:
-            unfitted = clone(self.autoencoder)
-            if unfitted.trainer is not None:  # the callbacks themselves are to be called, not their copies
-                unfitted.trainer.set_params(callbacks=self.autoencoder.trainer.callbacks)
-            return unfitted
+            # of the given trainer and not of its clone, which has copies of the callbacks
+            return clone(self.autoencoder).set_params(trainer=make_trainer(self.autoencoder.trainer))
         return LatentAutoencoder(
             BOTTLENECK,
             kl_weight=VARIATIONAL_KL_WEIGHT if self.variational else 0.0,

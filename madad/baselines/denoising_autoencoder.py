@@ -23,7 +23,8 @@ class DenoisingAutoencoder(UNetBaseline):
     denoiser : str or UNetConfig
         The U-Net: a name in `madad.nn.UNET_SIZES`, which reads blocks of 4 pixels, or a shape.
     trainer : Trainer or None
-        Trains the U-Net. What it leaves at None, or None for it, is 3000 steps of 16 slices.
+        Trains the U-Net. None, here or in its parameters, is 3000 steps of 16 slices at a rate
+        of 0.001.
     noise_std : float
         Standard deviation of the noise before it is stretched, on images in 0..1.
     noise_resolution : int

@@ -14,7 +14,7 @@ from sklearn.utils import Bunch
 from madad._runtime.files import write_json
 from madad._runtime.version import __version__
 from madad.baselines import TAILS, AutoencoderResidual, IntensityThreshold
-from madad.cli._output import table, timed, write_csv
+from madad.cli._output import positive_seconds, table, timed, write_csv
 from madad.datasets import load_slices, make_brain_slices
 from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.maps.pooling import pool_map
@@ -50,7 +50,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--size", type=int, default=64, help="height and width of the slices in pixels")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    demo.add_argument("--max-time", type=float, help="train for so many seconds, instead of so many steps")
+    demo.add_argument(
+        "--max-time", type=positive_seconds, metavar="S", help="train for so many seconds, not so many steps"
+    )
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     demo.set_defaults(run=run)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from madad._runtime.distributed import FirstFailedError, join
 from madad._runtime.tensors import resolve_device
 from madad.cli._cohort import add_output_arguments, is_preprocessed, progress
+from madad.cli._output import positive_seconds
 from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.mri import VolumePreprocessor, VolumeSlicer, read_volume
 from madad.presets import PRESETS
@@ -55,7 +56,9 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     volumes.add_argument("--smoothing-mm", type=float, default=0.0, help="Gaussian across slices")
     volumes.add_argument("--min-volume-ml", type=float, default=0.0, help="leave smaller components out")
     training = parser.add_argument_group("training")
-    training.add_argument("--max-time", type=seconds, metavar="S", help="train for at most so many seconds")
+    training.add_argument(
+        "--max-time", type=positive_seconds, metavar="S", help="train for at most so many seconds"
+    )
     training.add_argument("--precision", help="float32 or bfloat16")
     training.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     training.add_argument("--seed", type=int, default=0)
@@ -63,14 +66,6 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     training.add_argument("--overwrite", action="store_true", help="replace MODEL, forget an interrupted run")
     add_output_arguments(parser)
     parser.set_defaults(run=run)
-
-
-def seconds(text: str) -> float:
-    """A positive number."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
-    return value
 
 
 def run(options: argparse.Namespace) -> int:

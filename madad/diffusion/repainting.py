@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,11 @@ class Repainting:
     repaint: float = 1.0
 
     def __post_init__(self):
-        if not 0 < self.repaint <= 1:
-            raise ValueError(f"repaint must lie in 0..1, got {self.repaint!r}. 0 repairs step by step.")
+        if not (isinstance(self.repaint, Real) and 0 < float(self.repaint) <= 1):
+            raise ValueError(
+                f"repaint must be above 0 and at most 1, got {self.repaint!r}. make_repair(sampler, 0), and "
+                f"repaint=0 of a detector, repair step by step."
+            )
 
     def restore(
         self,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from madad.diffusion.schedule import NoiseSchedule
+from madad.diffusion.schedule import NoiseSchedule, check_step_spacing
 
 
 class Restoration(NamedTuple):
@@ -100,12 +101,15 @@ class _MaskedSampler:
     step_spacing: str = "leading"
 
     def __post_init__(self):
-        if not 0 <= self.eta <= 1:
+        if not (isinstance(self.n_steps, Integral) and self.n_steps >= 1):
+            raise ValueError(f"n_steps must be an integer of 1 or more, got {self.n_steps!r}. Use 10.")
+        if not (isinstance(self.eta, Real) and 0 <= float(self.eta) <= 1):
             raise ValueError(f"eta must lie in 0..1, got {self.eta!r}. 0 is deterministic.")
-        if not 0 <= self.mask_threshold <= 1:
+        if not (isinstance(self.mask_threshold, Real) and 0 <= float(self.mask_threshold) <= 1):
             raise ValueError(
                 f"mask_threshold must lie in 0..1, got {self.mask_threshold!r}. The paper's is 0.5."
             )
+        check_step_spacing(self.step_spacing)
 
     def steps(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_BETA = 0.999
+STEP_SPACINGS = ("leading", "trailing")
 
 
 class NoiseSchedule:
@@ -93,13 +94,10 @@ class NoiseSchedule:
             raise ValueError(
                 f"n_steps must lie in 1..{T}, the number of timesteps, got {n_steps}. Take fewer steps."
             )
+        check_step_spacing(step_spacing)
         if step_spacing == "leading":
             return [1 + i * T // n_steps for i in reversed(range(n_steps))]
-        if step_spacing == "trailing":
-            return [-(-i * T // n_steps) for i in range(n_steps, 0, -1)]
-        raise ValueError(
-            f"step_spacing must be 'leading' or 'trailing', got {step_spacing!r}. Use 'leading'."
-        )
+        return [-(-i * T // n_steps) for i in range(n_steps, 0, -1)]
 
     def add_noise(self, z0: Tensor, fill: Tensor, noise_mask: Tensor, t: Tensor) -> Tensor:
         """The masked forward process: docs/method.md, "The masked forward process".
@@ -123,3 +121,11 @@ class NoiseSchedule:
 def _check_n_timesteps(n_timesteps: int) -> None:
     if not (isinstance(n_timesteps, numbers.Integral) and n_timesteps >= 1):
         raise ValueError(f"n_timesteps must be a positive integer, got {n_timesteps!r}. The paper's is 10.")
+
+
+def check_step_spacing(step_spacing: str) -> None:
+    """Raise ValueError for a spacing that `NoiseSchedule.timesteps` does not know."""
+    if step_spacing not in STEP_SPACINGS:
+        raise ValueError(
+            f"step_spacing must be 'leading' or 'trailing', got {step_spacing!r}. Use 'leading'."
+        )

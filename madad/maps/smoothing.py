@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from numbers import Real
 
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
@@ -100,6 +101,6 @@ def smoothing_width(smoothing_px: float | None, height: int, width: int) -> floa
     """
     if smoothing_px is None:
         return PAPER_SMOOTHING * max(height, width)
-    if not 0 <= smoothing_px < np.inf:
+    if not (isinstance(smoothing_px, Real) and 0 <= float(smoothing_px) < np.inf):
         raise ValueError(f"smoothing_px must be finite and 0 or more, got {smoothing_px!r}. Use 0 for none.")
     return float(smoothing_px)

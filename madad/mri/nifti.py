@@ -156,8 +156,9 @@ def read_volume(image):
 
 
 def _stored_dtype(dataobj):
-    is_array = isinstance(dataobj, np.ndarray)  # of an image in memory, which has no slope
-    return dataobj.dtype if is_array or (dataobj.slope, dataobj.inter) == (1, 0) else np.dtype(np.float64)
+    # of an image in memory there is no slope
+    is_scaled = (getattr(dataobj, "slope", 1), getattr(dataobj, "inter", 0)) != (1, 0)
+    return np.dtype(np.float64 if is_scaled else dataobj.dtype)
 
 
 def _open(path):

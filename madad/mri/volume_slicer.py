@@ -29,7 +29,7 @@ class VolumeSlicer(TransformerMixin, BaseEstimator):
     spacing_mm : float or None, default=1.0
         Edge of a pixel in mm, above 0. None: that of the volumes in `fit`, which must agree.
     slice_mm : float or None, default=None
-        Distance in mm between slices, above 0; these are thin samples however large it is. None: each
+        Distance in mm between slices, above 0; slices stay thin, however far apart. None: each
         volume's own slices.
     range_mm : tuple of float (low, high) or None, default=None
         First and last place of a slice, in world mm along the plane's axis; for volumes in a template space,

@@ -28,27 +28,59 @@ TRAINER = {
 }
 """What ``Trainer()`` was then. Today its parameters are None, and the stage that is trained decides."""
 
+_PAPER = {
+    "n_steps": 10,
+    "eta": 0.0,
+    "step_spacing": "leading",
+    "mask_threshold": 0.5,
+    "repaint": 0.0,
+    "anomaly_map": "image",
+    "reference": "input",
+    "map_difference": "squared",
+    "gamma": 0.2,
+    "smoothing": "gaussian",
+    "smoothing_px": None,
+}
+_OURS = _PAPER | {
+    "n_steps": 5,
+    "step_spacing": "trailing",
+    "mask_threshold": 0.1,
+    "repaint": 0.3,
+    "reference": "reconstruction",
+    "map_difference": "relative",
+    "smoothing": "guided",
+}
+PRESETS = {
+    "tiny": _OURS | {"n_steps": 2},
+    "small": _OURS,
+    "base": _OURS,
+    "paper": _PAPER,
+    "original": _PAPER
+    | {"eta": 0.5, "reference": "reconstruction", "map_difference": "absolute", "gamma": 0.25},
+}
+"""What presets had for the parameters of the maps then; models of format 1 name theirs and do not hold it."""
+
 NONE_MEANT = {"gradient_clip": {"__float__": "inf"}}
 """What None meant in a trainer's parameter whose default was something else."""
 
 
-def from_format_1(config: dict, calibration: dict) -> dict:
+def from_format_1(config: dict) -> dict:
     """A ``config.json`` of format 1 in today's words.
 
     An autoencoder that several detectors share was a class of its own among the parameters. A trainer's None
-    meant none. What a preset had for the parameters of the maps stood with the thresholds alone.
+    meant none. What a preset had for the parameters of the maps stood in madad, not in the model.
 
     Parameters
     ----------
-    config, calibration : dict
-        What ``config.json`` and ``calibration.json`` hold.
+    config : dict
+        What ``config.json`` holds.
     """
     parameters = config["parameters"]
     shared = [name for name, value in parameters.items() if _is(value, "FrozenEstimator")]
     renewed = _renewed(config | {"parameters": parameters | dict.fromkeys(shared)})
     fitted = renewed["fitted"]
     if "preset_" in fitted:
-        fitted = fitted | {"preset_values_": calibration["calibrated_with_"]}
+        fitted = fitted | {"preset_values_": PRESETS[fitted["preset_"]]}
     return renewed | {"shared": shared, "fitted": fitted}
 
 

@@ -142,7 +142,7 @@ def read_config(path) -> dict:
     if config.get("format") != FORMAT:
         raise ValueError(
             f"{path / CONFIG} must describe a madad model, got format {config.get('format')!r}. "
-            f"Give a directory that save() wrote; foreign weights are read by madad.pretrained.loading."
+            f"Give a directory that save() wrote; foreign weights are read by madad.pretrained."
         )
     version = config.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:

@@ -23,7 +23,7 @@ NETWORKS = {"AutoencoderKL": "madad.nn.autoencoder", "MaskedUNet": "madad.nn.une
 # Of directories with a network alone, what to do with them.
 NETWORK_USES = {
     "AutoencoderKL": "autoencoder=LatentAutoencoder(init=path)",
-    "MaskedUNet": "denoiser=madad.pretrained.loading.load_unet(path)",
+    "MaskedUNet": "denoiser=madad.pretrained.load_unet(path)",
 }
 
 
@@ -80,10 +80,10 @@ def load_detector(kind: Any, path) -> Any:
         )
     if found != kind.__name__:
         raise ValueError(f"{path} must hold a {kind.__name__}, got {found!r}. Load it as that.")
-    config, calibration, tensors = read_model(path, kind._tensor_files())
+    config, calibration, tensors = read_model(path, kind.tensor_files())
     try:
         if config["format_version"] == 1:
-            config = from_format_1(config, calibration)
+            config = from_format_1(config)
         return kind.from_saved(from_json(config | {"calibration": calibration}), tensors)
     except (KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError, IndexError) as error:
         raise ValueError(

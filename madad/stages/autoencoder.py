@@ -84,7 +84,8 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
     augmentation : SliceAugmentation or None
         Train on a new augmented copy of each slice at each step, for ``n_copies`` out of ``n_copies + 1``.
     trainer : Trainer or None
-        None = ``Trainer()``: what a trainer leaves at None is its default, or in a detector the preset's.
+        None = ``Trainer()``: what a trainer leaves at None is its default, or in a detector the preset's; a
+        detector's checkpoint directory, callbacks and clock are shared where this one has None.
         With a ``validation_fraction``, slices (or whole groups) are held out, and the weights with the best
         reconstruction of them are kept.
     image_shape : (H, W) or (C, H, W) or None
@@ -287,7 +288,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
             The posterior's means, near zero mean and unit variance.
         """
         stack = self._check_slices(X)
-        device, latents = self._to_device(), []
+        device, latents = self.to_device(), []
         with inference(self.network_):
             for _, x, _, n_valid in network_batches(stack, self.batch_size_of(device), device):
                 mean, _ = self.encode(self.pad(x))
@@ -315,7 +316,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
                 f"Z must have shape (n_samples, {', '.join(map(str, expected))}), got {Z.shape}. "
                 f"Use what transform returned."
             )
-        device, images = self._to_device(), []
+        device, images = self.to_device(), []
         with inference(self.network_):
             for index, n_valid in fixed_batches(len(Z), self.batch_size_of(device)):
                 images.append(to_images(self.decode(torch.from_numpy(Z[index]).to(device))[:n_valid]))
@@ -342,7 +343,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         ImportError
             Without scikit-image (extra ``report``).
         """
-        stack, device = self._check_slices(X, brain_mask), self._to_device()
+        stack, device = self._check_slices(X, brain_mask), self.to_device()
         originals, copies = [], []
         latents: list[Tensor] = []
         variances: list[Tensor] = []
@@ -538,7 +539,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
 
     def _measure_latents(self, stack: SliceStack, team: Team) -> LatentStatistics:
         """Where the latents of healthy brain lie; each process of a team encodes its share of the slices."""
-        device, moments = self._to_device(), LatentMoments()
+        device, moments = self.to_device(), LatentMoments()
         share = team.shares(len(stack))[team.rank]
         own = stack.subset(np.arange(share.start, share.stop))
         with inference(self.network_):
@@ -547,7 +548,8 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
                 moments.add(self.network_.encode(self.pad(x)).mean[:n_valid], inside)
         return moments.statistics(team)
 
-    def _to_device(self) -> torch.device:
+    def to_device(self) -> torch.device:
+        """Move the network to where it is used; returns that device."""
         device = resolve_device(self.device)
         self.network_.to(device)
         return device

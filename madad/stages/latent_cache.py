@@ -134,7 +134,7 @@ def cache_latents(
         All slices in one version after the other. It takes twice (mean and log-variance)
         ``latent_channels / factor^2`` of the float32 images, times the versions.
     """
-    device = autoencoder._to_device()
+    device = autoencoder.to_device()
     n_copies = 0 if augmentation is None else augmentation.n_copies
     versions = [(mirrored, copy) for mirrored in range(1 + flip) for copy in range(1 + n_copies)]
     channels, height, width = autoencoder.latent_shape_

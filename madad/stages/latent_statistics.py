@@ -29,7 +29,7 @@ class LatentStatistics:
     scale: np.ndarray
 
     def scaled(self, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of scaled latents, of the encoder's ``mean`` and ``logvar``, (batch, c, h, w)."""
+        """``mean`` and ``logvar`` (batch, c, h, w) of scaled latents, from those of the encoder."""
         shift, scale = self._columns(mean)
         return (mean - shift) * scale, logvar + 2 * scale.log()
 

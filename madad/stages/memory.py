@@ -53,7 +53,8 @@ class StageMemory:
         decisive : callable () -> tuple
             All that decides the result. Asked only where something is kept: hashing takes time.
         was_stopped : callable () -> bool
-            Whether a signal or a callback ended the training early. Such a result is given and not kept.
+            Whether a signal, or a callback of scikit-learn's, ended the training early. Such a result is
+            given and not kept.
         """
         if not (self.keeps and self.team.is_first):
             known = self.team.broadcast(None)

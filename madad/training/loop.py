@@ -253,9 +253,10 @@ class TrainingLoop:
         if file is not None and file.path.exists():
             advice = f"Make the same call again to go on from {file.path}."
         advice = run.share.team.broadcast(advice)
+        of = f" of {plan.total_steps}" if math.isfinite(plan.total_steps) else ""  # by time, it is open
         by = self.stop.signal.name if self.stop.signal is not None else "a signal"
         warnings.warn(
-            f"{plan.stage} was stopped by {by} at step {run.step} of {plan.total_steps}. {advice}",
+            f"{plan.stage} was stopped by {by} at step {run.step}{of}. {advice}",
             TrainingStoppedWarning,
             stacklevel=4,
         )

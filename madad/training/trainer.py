@@ -158,7 +158,7 @@ class Trainer(BaseEstimator):
     max_time : float or None
         Seconds, above 0, those before an interruption included. With a bound, the learning rate decays with
         the time that has passed, and results depend on the machine. The ``max_time`` of a detector is for
-        both its stages; of a stage's share of it and this, the smaller holds. Default: ``math.inf``, no
+        both its stages; the smaller of this and of the stage's share of it holds. Default: ``math.inf``, no
         bound.
     clock : {"wall", "cpu"} or None
         What ``max_time`` and ``checkpoint_every_s`` count and speeds are given in: seconds of a clock on the
@@ -298,7 +298,7 @@ class Trainer(BaseEstimator):
         Parameters
         ----------
         at_most_s : float
-            Seconds that the stage may take, ``max_time`` may be fewer.
+            Upper bound in seconds, beside the trainer's own ``max_time``.
         **stage_defaults
             What the stage has for parameters that are None; `DEFAULTS` has the rest.
 

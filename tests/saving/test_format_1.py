@@ -98,7 +98,7 @@ def test_none_was_no_bound_no_clipping_and_no_patience():
     was = {"max_epochs": 2, "max_steps": None, "max_time": None, "gradient_clip": None, "patience": None}
     part = {"__class__": "Trainer", "fields": was | {"batch_size": None, "validate_every": None}}
     config = {"parameters": {"trainers": [part], "gamma": None}, "fitted": {}}
-    parameters = from_json(from_format_1(config, {}))["parameters"]
+    parameters = from_json(from_format_1(config))["parameters"]
     assert parameters["gamma"] is None
     known = {
         name: value for name, value in parameters["trainers"][0].get_params().items() if value is not None
@@ -112,7 +112,7 @@ def test_none_was_no_bound_no_clipping_and_no_patience():
 def test_an_autoencoder_without_a_trainer_had_the_defaults_of_that_time():
     part = {"__class__": "LatentAutoencoder", "fields": {"size": "tiny", "trainer": None}}
     config = {"parameters": {"autoencoder": part, "trainer": None}, "fitted": {}}
-    parameters = from_json(from_format_1(config, {}))["parameters"]
+    parameters = from_json(from_format_1(config))["parameters"]
     assert parameters["trainer"] is None
     assert parameters["autoencoder"].trainer.resolved(max_steps=7).get_params() == dict(DEFAULTS)
 
