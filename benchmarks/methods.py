@@ -66,7 +66,7 @@ class Conditions:
     checkpoints: Path | None = None
 
     def trainer(self, share: float = 1.0, *, batch_size: int = 16, learning_rate: float = 1e-3) -> Trainer:
-        """With a budget of time a trainer for all of it, which a detector splits; else for ``share`` of the steps."""
+        """For all of a budget of time, which a detector splits; without one, for ``share`` of the steps."""
         extent = {
             "tiny": {"max_steps": 20},
             "small": {"max_steps": SMALL_STEPS},
