@@ -108,7 +108,7 @@ class SelfAttention(RecomputedBlock):
             qkv.transpose(-1, -2).contiguous().unbind(dim=1)
         )  # (batch, heads, tokens, channels)
         # PyTorch gives each thread a buffer whose size goes with the number of queries. Unless that is a
-        # multiple of 8, a slice's last digits depend on the thread that has it: buffers are aligned differently.
+        # multiple of 8, buffers are aligned differently, and last digits depend on the thread.
         query = F.pad(query, (0, 0, 0, -h * w % 8))
         attended = F.scaled_dot_product_attention(query, key, value)[:, :, : h * w]
         return x + self.out(attended.transpose(-1, -2).reshape(batch, channels, h, w))

@@ -155,8 +155,14 @@ ERRORS = {
     ),
     "too small": (lambda folder, write: ["--size", "8"], "size must .* got 8"),
     "no such device": (lambda folder, write: ["--device", "abacus"], "device must .* got 'abacus'"),
-    "no time": (lambda folder, write: ["--max-time", "-1"], r"max_time must be positive or None, got -1\.0"),
 }
+
+
+def test_time_must_be_positive(run, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        run("demo", "--out", tmp_path / "out", *QUICK, "--max-time", "0")
+    assert "--max-time: must be a positive number of seconds, got '0'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -234,7 +236,21 @@ def test_parameters_outside_their_range_are_refused(kind, name, value):
         kind(**{name: value})
 
 
-@pytest.mark.parametrize("n_steps", [0, 11])
-def test_impossible_numbers_of_steps_are_named(n_steps):
-    with pytest.raises(ValueError, match=rf"n_steps must lie in 1\.\.10, .*got {n_steps}"):
-        MaskedDDIM(n_steps).restore(stand_in, case()[2], SCHEDULE)
+def test_more_steps_than_times_are_refused():
+    with pytest.raises(ValueError, match=r"n_steps must lie in 1\.\.10, .*got 11"):
+        MaskedDDIM(11).restore(stand_in, case()[2], SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("n_steps", 0, "n_steps must be an integer of 1 or more, got 0"),
+        ("n_steps", 2.5, "n_steps must be an integer of 1 or more, got 2.5"),
+        ("eta", "a", "eta must lie in 0..1, got 'a'"),
+        ("mask_threshold", None, "mask_threshold must lie in 0..1, got None"),
+        ("step_spacing", "odd", "step_spacing must be 'leading' or 'trailing', got 'odd'"),
+    ],
+)
+def test_wrong_parameters_are_refused_where_the_sampler_is_made(name, value, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        MaskedDDIM(**{name: value})

@@ -20,6 +20,7 @@ from madad.presets import PRESETS
         ("gamma", None),
         ("smoothing_px", -1),
         ("smoothing_px", math.inf),
+        ("smoothing_px", "x"),
     ],
 )
 def test_wrong_parameters_are_refused_where_the_recipe_is_made(name, value):

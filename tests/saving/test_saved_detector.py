@@ -367,7 +367,7 @@ NETWORKS = {
         MaskedUNet,
         UNET_SIZES["tiny"],
         load_unet,
-        r"denoiser=madad.pretrained.loading.load_unet\(path\)",
+        r"denoiser=madad.pretrained.load_unet\(path\)",
     ),
 }
 all_networks = pytest.mark.parametrize("part", NETWORKS)
