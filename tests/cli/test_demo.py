@@ -158,9 +158,9 @@ ERRORS = {
 }
 
 
-def test_time_must_be_positive(run, capsys, tmp_path):
+def test_time_must_be_positive(capsys, tmp_path):
     with pytest.raises(SystemExit):
-        run("demo", "--out", tmp_path / "out", *QUICK, "--max-time", "0")
+        cli.main(["demo", "--out", str(tmp_path / "out"), "--max-time", "0"])
     assert "--max-time: must be a positive number of seconds, got '0'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

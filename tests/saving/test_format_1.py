@@ -10,7 +10,7 @@ import pytest
 from sklearn.frozen import FrozenEstimator
 
 from madad import MaskedDiffusionAnomalyDetector
-from madad.presets import PRESETS
+from madad.presets import INFERENCE_KNOBS, PRESETS
 from madad.saving.format_1 import from_format_1
 from madad.saving.json_values import from_json
 from madad.testing import tiny_detector
@@ -136,3 +136,15 @@ def test_a_later_preset_table_moves_no_map_of_a_saved_model(saved, monkeypatch):
     after = of_format_1.predict_maps(images, brain_mask=brain_masks), of_today.predict_maps(X)
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_parameter_that_is_left_open_is_the_presets_of_that_time_and_not_what_it_was_calibrated_with():
+    for preset, steps, gamma, repaint in (
+        ("tiny", 2, 0.2, 0.3),
+        ("base", 5, 0.2, 0.3),
+        ("original", 10, 0.25, 0.0),
+    ):
+        config = {"parameters": {"gamma": None}, "fitted": {"preset_": preset}}
+        values = from_format_1(config)["fitted"]["preset_values_"]
+        assert (values["n_steps"], values["gamma"], values["repaint"]) == (steps, gamma, repaint)
+        assert set(values) == set(INFERENCE_KNOBS)
