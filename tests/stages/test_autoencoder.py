@@ -854,9 +854,7 @@ def test_all_other_data_and_other_settings_have_another_identity():
     assert len(identities) == 1 + len(OTHER)
 
 
-@pytest.mark.parametrize(
-    "other", ["one pixel", "other groups", "no groups", "brain_mask", "augmentation", "random_state"]
-)
+@pytest.mark.parametrize("other", ["one pixel", "no groups", "augmentation", "random_state"])
 def test_other_data_and_other_settings_do_not_read_it(directory, other, uninterrupted):
     n_files, seen = len(list(directory.iterdir())), []
     found = learnt(fit_in(directory, seen=seen, **OTHER[other]))
