@@ -19,6 +19,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Before a group is made: its functions have the group that is there at the import as their default, and an
+# optimiser imports it. A group that outlives the interpreter has threads, which then abort the process.
+import torch.distributed.nn
 from torch import Tensor
 
 TIMEOUT = timedelta(days=1)
