@@ -36,7 +36,7 @@ def published_maps(
         1 = slice by slice.
     """
     knobs, autoencoder, unet = detector._map_settings(), detector.autoencoder_, detector.denoiser_
-    device = autoencoder._to_device()
+    device = autoencoder.to_device()
     unet.to(device).eval()
     maps = []
     for start in range(0, len(images), batch_size):
@@ -123,7 +123,7 @@ def published_training(
     batch_size, n_steps : int
     """
     autoencoder, unet = detector.autoencoder_, detector.denoiser_
-    device = autoencoder._to_device()
+    device = autoencoder.to_device()
     unet.to(device).train()
     objective = detector._objective()
     optimiser = torch.optim.AdamW(unet.parameters(), lr=1e-4)

@@ -198,7 +198,7 @@ def stages_of(size: str, device: str) -> list[dict]:
     """Milliseconds per slice of each stage, and the rate that its operations are done at."""
     detector, images = detector_of(size, device), slices(16, SIDES[size])
     autoencoder, unet = detector.autoencoder_, detector.denoiser_.to(device)
-    batch = autoencoder.batch_size_of(autoencoder._to_device())
+    batch = autoencoder.batch_size_of(autoencoder.to_device())
     x = autoencoder.pad(2 * torch.from_numpy(np.resize(images, (batch, 1, *images.shape[1:]))).to(device) - 1)
     rate = machine(device)["matmul_gflops"]["float32"]
     with inference(autoencoder.network_, unet):

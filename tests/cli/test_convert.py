@@ -177,7 +177,7 @@ def test_json_tells_what_was_written(run, sources, unet, tmp_path):
     assert facts["parameters"] == sum(p.numel() for p in unet.parameters())
     assert facts["config"]["base_channels"] == 32 and facts["config"]["n_heads"] == N_HEADS
     assert facts["out"] == str(tmp_path / "a") and facts["source"] == str(sources / "unet.pt")
-    assert facts["use"] == f"denoiser=madad.pretrained.loading.load_unet('{tmp_path / 'a'}')"
+    assert facts["use"] == f"denoiser=madad.pretrained.load_unet('{tmp_path / 'a'}')"
     listed = run("convert", sources / "vae.pt", tmp_path / "b")[1].splitlines()
     assert "network: AutoencoderKL" in listed and "latent_factor: 2" in listed and "config:" in listed
     assert f"use: autoencoder=LatentAutoencoder(init='{tmp_path / 'b'}')" in listed
@@ -234,7 +234,7 @@ def test_a_detector_is_fitted_with_what_was_converted(run, sources, unet, tmp_pa
     ("source", "kind", "use"),
     [
         ("vae.pt", "AutoencoderKL", r"autoencoder=LatentAutoencoder\(init=path\)"),
-        ("unet.pt", "MaskedUNet", r"denoiser=madad.pretrained.loading.load_unet\(path\)"),
+        ("unet.pt", "MaskedUNet", r"denoiser=madad.pretrained.load_unet\(path\)"),
     ],
 )
 def test_a_converted_directory_is_no_detector(run, sources, tmp_path, source, kind, use):
