@@ -131,7 +131,7 @@ def namesake():
         *(Object(), {1, 2}, np.zeros(2), torch.device("cpu"), torch.zeros(1), Own, b"bytes", 1j, len),
         *(Own(), MyTrainer(), MyNoise(), namesake(), Trainer, lambda x_hat, x: 0),
     ],
-    ids=lambda value: f"{value!r:.30}",
+    ids=lambda value: repr(value).partition(" at 0x")[0],  # workers must agree
 )
 def test_what_could_not_be_rebuilt_is_refused_by_name(value):
     for holder, name in (
