@@ -194,7 +194,7 @@ NOISY = {"eta": 0.7, "n_steps": 5, "mask_threshold": 0.4}
 
 
 @pytest.mark.parametrize(("shape", "knobs"), [((16, 16), {}), ((17, 23), NOISY)], ids=["default", "noisy"])
-def test_results_do_not_depend_on_company_or_order(shape, knobs, n_threads):
+def test_results_do_not_depend_on_company_or_order(shape, knobs, two_threads):
     X = make_slices(24, *shape)
     detector = strict_detector(**knobs).fit(X)
     rng = np.random.default_rng(0)

@@ -122,7 +122,7 @@ def test_maps_are_what_the_network_changes(healthy):
     np.testing.assert_allclose(baseline.predict_maps(X), expected, atol=1e-5)
 
 
-def test_maps_do_not_depend_on_company_or_order(fitted, healthy, n_threads):
+def test_maps_do_not_depend_on_company_or_order(fitted, healthy, two_threads):
     X = healthy.images
     maps = fitted.predict_maps(X)
     for rows in (np.array([7]), np.arange(24)[::-1], np.array([3, 3, 20, 1, 0])):

@@ -290,7 +290,7 @@ def test_the_loss_is_the_squared_error_of_the_noise(noise):
 
 @both_classes
 @pytest.mark.parametrize("noise, shape", [("gaussian", (17, 23)), ("simplex", (16, 16))])
-def test_results_do_not_depend_on_company_or_order(cls, noise, shape, n_threads):
+def test_results_do_not_depend_on_company_or_order(cls, noise, shape, two_threads):
     X = make_slices(40, *shape)
     estimator = tiny(cls, noise=noise, eta=0.7).fit(X)
     maps, scores = estimator.predict_maps(X), estimator.score_samples(X)

@@ -128,7 +128,7 @@ def test_the_bank_holds_healthy_brain_and_its_mirror_image(healthy, package):
     assert len(baseline.prototypes_) == 2 * n_positions
 
 
-def test_maps_do_not_depend_on_company_or_order(fitted, healthy, n_threads):
+def test_maps_do_not_depend_on_company_or_order(fitted, healthy, two_threads):
     """Bitwise: distances are taken slice by slice, because BLAS rounds by the number of rows."""
     X = healthy.images
     maps = fitted.predict_maps(X)

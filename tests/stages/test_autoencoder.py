@@ -179,7 +179,7 @@ def test_integers_are_the_same_slices_up_to_rounding(fitted):
 # Invariance and determinism, bitwise
 
 
-def test_latents_do_not_depend_on_batch_or_order(fitted, n_threads):
+def test_latents_do_not_depend_on_batch_or_order(fitted, two_threads):
     latents = fitted.transform(SLICES)
     order = RNG.permutation(24)
     np.testing.assert_array_equal(fitted.transform(SLICES[order]), latents[order])

@@ -143,7 +143,7 @@ def test_batches_have_one_size_and_their_fields_hold_the_valid_slices_alone(auto
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_a_slice_is_bitwise_the_same_in_any_company(autoencoder, eta, n_threads):
+def test_a_slice_is_bitwise_the_same_in_any_company(autoencoder, eta, two_threads):
     together, _ = restore(autoencoder, by_value, eta=eta)
     order = np.array([6, 2, 0, 5, 1, 4, 3])
     shuffled, _ = restore(autoencoder, by_value, IMAGES[order], eta=eta)
