@@ -24,7 +24,7 @@ from madad.baselines import (
 from madad.maps.differences import image_map
 from madad.maps.smoothing import finish_map
 from madad.presets import PRESETS
-from madad.training.trainer import DEFAULTS
+from madad.training.settings import DEFAULTS
 
 SMALL_STEPS = 3000  # of each network of this size, where nothing else is said
 BOTTLENECK_STEPS = 1000  # of AE and VAE, at most: on validation subjects more of them found less

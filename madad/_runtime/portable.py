@@ -21,17 +21,19 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import nn
 
 from madad._runtime.random import isolated_seed
 from madad._runtime.tensors import state_from_numpy, state_to_numpy
 
 
+@dataclasses.dataclass(frozen=True)
 class PortableDataclass:
-    """A dataclass whose fields describe it."""
+    """A frozen dataclass whose fields describe it."""
 
     def to_config(self) -> dict[str, Any]:
         """The value of each field by its name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -39,10 +41,12 @@ class PortableDataclass:
         return cls(**config)
 
 
-class PortableNetwork:
-    """A network that its ``config`` and its weights describe; a base beside ``torch.nn.Module``."""
+class PortableNetwork(nn.Module):
+    """A network that its ``config``, the one argument of its constructor, and its weights describe."""
 
-    config: Any
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
 
     def to_saved(self) -> tuple[Any, dict[str, np.ndarray]]:
         """The network's ``config``, and its weights as arrays by name.
@@ -52,9 +56,9 @@ class PortableNetwork:
         TypeError
             If they are not those of such a network, since someone changed a layer.
         """
-        weights = state_to_numpy(self)  # type: ignore[arg-type]
+        weights = state_to_numpy(self)
         with torch.device("meta"):  # shapes alone: nothing is drawn or allocated
-            expected: Any = type(self)(self.config)  # type: ignore[call-arg]
+            expected = type(self)(self.config)
         shapes = {(name, tuple(value.shape)) for name, value in expected.state_dict().items()}
         if changed := sorted(shapes ^ {(name, value.shape) for name, value in weights.items()}):
             raise TypeError(
@@ -70,5 +74,5 @@ class PortableNetwork:
         No draw of the global generator is used up.
         """
         with isolated_seed(0):  # building a network draws weights
-            network: Any = cls(description)  # type: ignore[call-arg]
+            network = cls(description)
         return state_from_numpy(network, tensors).eval()

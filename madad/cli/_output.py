@@ -64,31 +64,6 @@ def table(methods: Mapping[str, Mapping[str, float]], columns: Sequence[str]) ->
     return "\n".join(lines)
 
 
-def listing(facts: dict, indent: str = "") -> str:
-    """Lay out facts as ``name: value`` lines, those of a dict within below its name.
-
-    Parameters
-    ----------
-    facts : dict
-        Values by name; dicts may nest.
-    indent : str, default=""
-        Blanks before each line.
-
-    Returns
-    -------
-    str
-        The lines.
-    """
-    lines = []
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{name}:", listing(value, indent + "  ")]
-        else:
-            shown = f"{value:.6g}" if isinstance(value, float) else value
-            lines.append(f"{indent}{name}: {shown}")
-    return "\n".join(lines)
-
-
 def network_facts(network: AutoencoderKL | MaskedUNet) -> dict[str, Any]:
     """Say what a network is.
 

@@ -6,9 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from madad.cli._output import listing, network_facts
+from madad.cli._output import network_facts
 from madad.nn import AutoencoderKL, MaskedUNet
 from madad.pretrained.loading import kind_of_weights, load_autoencoder, load_unet
+from madad.saving.model_card import listing
 from madad.saving.saved_detector import NETWORK_USES, check_network_path, save_network
 
 PARTS = ("autoencoder", "denoiser")

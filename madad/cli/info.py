@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from nibabel.orientations import ornt2axcodes
 
-from madad.cli._output import listing, network_facts
+from madad.cli._output import network_facts
 from madad.datasets import crop_to_brain, load_slices
 from madad.detector import MaskedDiffusionAnomalyDetector
 from madad.mri import read_volume
@@ -20,6 +20,7 @@ from madad.mri.brain import is_stripped
 from madad.nn import AutoencoderKL, MaskedUNet
 from madad.pretrained.loading import is_saved, kind_of_weights, load_autoencoder, load_unet
 from madad.pretrained.weight_files import read_weights
+from madad.saving.model_card import listing
 from madad.saving.model_folder import CARD, read_card, read_config
 from madad.saving.saved_detector import NETWORK_USES
 

@@ -206,7 +206,7 @@ class Decoder(nn.Module):
         return self.head(z)
 
 
-class AutoencoderKL(PortableNetwork, nn.Module):
+class AutoencoderKL(PortableNetwork):
     """Variational autoencoder with a spatial latent, as in latent diffusion models.
 
     With the defaults it is CompVis' and diffusers' ``kl-f8`` (Rombach et al., CVPR 2022) exactly, except
@@ -224,8 +224,7 @@ class AutoencoderKL(PortableNetwork, nn.Module):
     """
 
     def __init__(self, config: AutoencoderConfig = KL_F8):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)

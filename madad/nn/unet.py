@@ -110,7 +110,7 @@ class _Block(nn.Module):
         return self.attention(self.residual(x, time_embedding))
 
 
-class MaskedUNet(PortableNetwork, nn.Module):
+class MaskedUNet(PortableNetwork):
     """Time-conditioned U-Net with two heads (MAD-AD, section 2): ``f_z0`` and ``f_M``.
 
     Parameters
@@ -126,8 +126,7 @@ class MaskedUNet(PortableNetwork, nn.Module):
     """
 
     def __init__(self, config: UNetConfig = UNET_SIZES["XS"]):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         widths = [config.base_channels * m for m in config.channel_multipliers]
         base, time_channels = config.base_channels, 4 * config.base_channels
 

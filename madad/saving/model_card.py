@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class ModelCard:
         What the model was trained on, and what was measured of it: values that JSON holds, by name.
     healthy : dict of str to HealthyIntensities
         Intensities of the healthy scans, by contrast.
+    version : str
+        The madad that made the model. Default: this one.
     """
 
     contrasts: tuple[str, ...] = ()
@@ -49,6 +52,7 @@ class ModelCard:
     data: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     healthy: dict[str, HealthyIntensities] = field(default_factory=dict)
+    version: str = __version__
 
     @property
     def preprocessing(self) -> dict:
@@ -59,7 +63,7 @@ class ModelCard:
         """All but ``healthy``, as values that JSON holds."""
         slicer = self.slicer
         return {
-            "version": __version__,
+            "version": self.version,
             "contrasts": list(self.contrasts),
             "preprocessing": self.preprocessing or None,
             "slices": None
@@ -117,6 +121,7 @@ class ModelCard:
                 data=dict(content["data"]),
                 metrics=dict(content["metrics"]),
                 healthy=_healthy(tensors or {}),
+                version=str(content.get("version", __version__)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -140,30 +145,30 @@ class ModelCard:
             Markdown.
         """
         unknown = "Not known: arrays were given to `fit`. Images must be prepared as those were."
-        content = self.to_json()
+        content, items = self.to_json(), partial(listing, bullet="- ")
         steps = content["preprocessing"]
         sections = {
-            "Model": _items(facts),
+            "Model": items(facts),
             "Use": f"{RESEARCH_ONLY} Predictions are differences to healthy brains as in the training data, "
             "of any cause: disease, age, scanner, motion, poor preprocessing.",
-            "Data": _items({"contrasts": ", ".join(self.contrasts), **self.data} if self.data else {})
+            "Data": items({"contrasts": ", ".join(self.contrasts), **self.data} if self.data else {})
             or unknown,
-            "Preprocessing": unknown if steps is None else _items(steps),
-            "Slices": unknown if content["slices"] is None else _items(content["slices"]),
-            "Volumes": _items(
+            "Preprocessing": unknown if steps is None else items(steps),
+            "Slices": unknown if content["slices"] is None else items(content["slices"]),
+            "Volumes": items(
                 self.aggregation | {"threshold": self.volume_threshold, "offset": self.volume_offset}
                 if self.slicer is not None
                 else {}
             )
             or "Calibrated for single slices.",
-            "Metrics": _items(self.metrics) or "None measured. Run `madad evaluate` on patients with masks.",
+            "Metrics": items(self.metrics) or "None measured. Run `madad evaluate` on patients with masks.",
             "Limits": "- Only what was seen in training counts as healthy: ages, scanners and sequences that "
             "were not in it may look anomalous.\n- Thresholds come from held-out healthy scans of the same "
             "cohort; in another one they may call more or less anomalous.\n- What was cut off by the range "
             "of the slices is not judged.",
         }
         body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-        return f"# {name}\n\nA model of madad {__version__}.\n\n{body}\n"
+        return f"# {name}\n\nA model of madad {self.version}.\n\n{body}\n"
 
 
 def preprocessing_of(preprocessor: VolumePreprocessor) -> dict:
@@ -197,12 +202,28 @@ def _slicer(slices: dict) -> VolumeSlicer:
     return slicer
 
 
-def _items(facts: dict[str, Any], indent: str = "") -> str:
+def listing(facts: dict[str, Any], *, bullet: str = "", indent: str = "") -> str:
+    """Lay out facts as ``name: value`` lines, those of a dict within below its name.
+
+    Parameters
+    ----------
+    facts : dict
+        Values by name; dicts may nest.
+    bullet : str, default=""
+        Text before each name.
+    indent : str, default=""
+        Blanks before each line.
+
+    Returns
+    -------
+    str
+        The lines.
+    """
     lines = []
     for name, value in facts.items():
         if isinstance(value, dict):
-            lines += [f"{indent}- {name}:", _items(value, indent + "  ")]
+            lines += [f"{indent}{bullet}{name}:", listing(value, bullet=bullet, indent=indent + "  ")]
         else:
             shown = f"{value:.6g}" if isinstance(value, float) else value
-            lines.append(f"{indent}- {name}: {shown}")
+            lines.append(f"{indent}{bullet}{name}: {shown}")
     return "\n".join(lines)

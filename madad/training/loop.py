@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from madad._runtime.random import isolated_seed
 from madad.training.callbacks import TrainingState
 from madad.training.checkpoint import CheckpointFile
 from madad.training.run import TrainingRun, peak_memory_mib
+from madad.training.settings import Settings
 from madad.training.signals import StopRequest
 
 VALIDATION_SEED = 0
@@ -34,26 +35,21 @@ class Plan:
 
     Attributes
     ----------
+    settings : Settings
+        The trainer's parameters.
     forward : nn.Module
         The module, or what is compiled of it.
     loss, rival_loss, validation_loss, n_samples, n_validation :
         See `Trainer.optimise`.
-    batch_size, n_batches : int
-        Samples per step, and steps per epoch.
-    total_steps : float
-        What epochs and steps allow.
-    validate_every : int
-        Steps between two validations.
+    batch_size : int
+        Samples per step.
     dtype : torch.dtype or None
         Of mixed precision; None = none.
     stage : str
         The ``description`` given to `Trainer.optimise`.
-    max_time, clock, learning_rate, warmup_fraction, gradient_clip, accumulate :
-        See `Trainer`.
-    patience, checkpoint_every_s, callbacks :
-        See `Trainer`.
     """
 
+    settings: Settings
     forward: nn.Module
     loss: Loss
     rival_loss: RivalLoss | None
@@ -61,20 +57,18 @@ class Plan:
     n_samples: int
     n_validation: int
     batch_size: int
-    n_batches: int
-    total_steps: float
-    validate_every: int
     dtype: torch.dtype | None
     stage: str
-    max_time: float
-    clock: str
-    learning_rate: float
-    warmup_fraction: float
-    gradient_clip: float
-    accumulate: int
-    patience: float
-    checkpoint_every_s: float
-    callbacks: Sequence[Callable[[TrainingState], str | None]]
+
+    @property
+    def n_batches(self) -> int:
+        """Steps per epoch."""
+        return self.n_samples // self.batch_size
+
+    @property
+    def total_steps(self) -> float:
+        """What epochs and steps allow."""
+        return self.settings.steps_of(self.n_batches)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision in which losses are computed."""
@@ -82,7 +76,8 @@ class Plan:
 
     def validates_at(self, step: int) -> bool:
         """Whether a validation follows after so many steps."""
-        return self.validation_loss is not None and step % self.validate_every == 0
+        period = self.settings.validation_period(self.n_batches)
+        return self.validation_loss is not None and step % period == 0
 
     def ends_record_at(self, step: int) -> bool:
         """Whether a record of the history ends after so many steps."""
@@ -90,14 +85,15 @@ class Plan:
 
     def now(self) -> float:
         """Seconds of the clock that counts."""
-        return time.process_time() if self.clock == "cpu" else time.monotonic()
+        return time.process_time() if self.settings.clock == "cpu" else time.monotonic()
 
     def learning_rate_at(self, progress: float) -> float:
         """Linear rise, then half a cosine down to 1 % of the peak; ``progress`` is 0..1."""
-        if progress < self.warmup_fraction:
-            return self.learning_rate * max(progress / self.warmup_fraction, 0.01)
-        decayed = (progress - self.warmup_fraction) / (1 - self.warmup_fraction)
-        return self.learning_rate * max(0.5 * (1 + math.cos(math.pi * decayed)), 0.01)
+        peak, warmup = self.settings.learning_rate, self.settings.warmup_fraction
+        if progress < warmup:
+            return peak * max(progress / warmup, 0.01)
+        decayed = (progress - warmup) / (1 - warmup)
+        return peak * max(0.5 * (1 + math.cos(math.pi * decayed)), 0.01)
 
 
 class TrainingLoop:
@@ -129,7 +125,8 @@ class TrainingLoop:
             torch.cuda.reset_peak_memory_stats(run.device)
         run.start = plan.now() - run.elapsed_s
         first, written_s = run.step, run.elapsed_s
-        total = plan.total_steps if math.isinf(plan.max_time) else None  # by time, the number is open
+        # by time, the number is open
+        total = plan.total_steps if math.isinf(plan.settings.max_time) else None
         with tqdm(total=total, initial=first, desc=plan.stage, disable=not verbose, unit="step") as bar:
             while True:
                 stopped, run.elapsed_s = self.stop.agree(team, plan.now() - run.start)
@@ -141,7 +138,7 @@ class TrainingLoop:
                     stopped, _ = self.stop.agree(team)
                 if done or (stopped and run.step > first):
                     break
-                due = run.step > first and run.elapsed_s - written_s >= plan.checkpoint_every_s
+                due = run.step > first and run.elapsed_s - written_s >= plan.settings.checkpoint_every_s
                 if self.file is not None and due:
                     self.file.write(*run.state())
                     written_s = run.elapsed_s
@@ -169,7 +166,7 @@ class TrainingLoop:
             losses["rival"] = (run.networks["rival"], plan.rival_loss)
         terms: dict[str, Tensor] = {}
         with run.share.draws(run.step) as generator:
-            for part in index.tensor_split(min(plan.accumulate, len(index))):
+            for part in index.tensor_split(min(plan.settings.accumulate, len(index))):
                 weight = len(part) / len(index)
                 for role, (network, loss) in losses.items():
                     with plan.autocast(run.device):
@@ -181,7 +178,7 @@ class TrainingLoop:
                         terms |= {name: terms.get(name, 0.0) + weight * term for name, term in parts.items()}
         for role in losses:
             if _LOSS_NAMES[role] in terms:
-                run.descend(role, plan.gradient_clip)
+                run.descend(role, plan.settings.gradient_clip)
         run.average.update(run.step)
         run.add(terms)
         run.step += 1
@@ -209,7 +206,7 @@ class TrainingLoop:
         run, plan = self.run, self.plan
         if plan.validation_loss is not None and (done or plan.validates_at(run.step)):
             self._validate(plan.validation_loss)
-        done = done or run.n_unimproved >= plan.patience
+        done = done or run.n_unimproved >= plan.settings.patience
         asked = self._asks_to_stop() if run.share.team.is_first else False
         run.record_start_s = run.elapsed_s = plan.now() - run.start
         return run.share.team.broadcast(done or asked)
@@ -232,7 +229,7 @@ class TrainingLoop:
         """Call all callbacks; whether any of them ends training."""
         run, plan, asked = self.run, self.plan, False
         epoch = math.ceil(run.step / plan.n_batches)
-        for callback in plan.callbacks:
+        for callback in plan.settings.callbacks:
             record, module = dict(run.history[-1]), run.networks["module"]
             answer = callback(TrainingState(plan.stage, run.step, epoch, plan.total_steps, record, module))
             if not (answer is None or (isinstance(answer, str) and answer == "stop")):
@@ -263,7 +260,7 @@ class TrainingLoop:
 
     def _time_spent(self) -> float:
         """Share of ``max_time``."""
-        return self.run.elapsed_s / self.plan.max_time
+        return self.run.elapsed_s / self.plan.settings.max_time
 
     def _progress(self) -> float:
         """Share of the training that is done, 0..1, by steps or by time, whichever is further."""

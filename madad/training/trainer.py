@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -20,122 +17,9 @@ from madad.training.callbacks import TrainingState
 from madad.training.checkpoint import CheckpointFile, fingerprint
 from madad.training.loop import Loss, Plan, RivalLoss, TrainingLoop
 from madad.training.run import TrainingRun
+from madad.training.settings import DEFAULTS, RULES, Settings
 from madad.training.signals import graceful_stop
 from madad.training.weights import channels_last, recomputing
-
-CLOCKS = ("wall", "cpu")
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {
-        "max_epochs": 100,
-        "max_steps": math.inf,
-        "max_time": math.inf,
-        "clock": "wall",
-        "batch_size": "auto",
-        "learning_rate": 1e-3,
-        "weight_decay": 1e-4,
-        "warmup_fraction": 0.05,
-        "ema_decay": 0.995,
-        "gradient_clip": 1.0,
-        "precision": "auto",
-        "validation_fraction": 0.0,
-        "validate_every": "epoch",
-        "patience": math.inf,
-        "checkpoint_dir": None,
-        "checkpoint_every_s": 300.0,
-        "resume": "auto",
-        "callbacks": (),
-        "compile": False,
-        "channels_last": False,
-        "accumulate": 1,
-        "activation_checkpointing": False,
-    }
-)
-"""What a parameter of `Trainer` is where neither the user nor the stage says otherwise."""
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """The values that a parameter may have, in code and in words, and what to do about others."""
-
-    allows: Callable[[Any], bool]
-    constraint: str
-    advice: str
-    error: type[Exception] = ValueError
-
-
-def _positive(value) -> bool:
-    return isinstance(value, Real) and float(value) > 0
-
-
-def _whole(value) -> bool:
-    return isinstance(value, Integral) and int(value) > 0
-
-
-def _fraction(value) -> bool:
-    return isinstance(value, Real) and 0 <= float(value) < 1
-
-
-def _one_of(names: tuple[str, ...]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and value in names
-
-
-_BOUND = _Rule(_positive, "be positive", "Give a number above 0; math.inf is no bound.")
-_FRACTION = _Rule(_fraction, "lie in 0..1 without 1", "0 switches it off.")
-_SWITCH = _Rule(lambda value: value in (True, False), "be True or False", "Use False.")
-_RULES = {
-    "max_epochs": _BOUND,
-    "max_steps": _BOUND,
-    "max_time": _BOUND,
-    "clock": _Rule(_one_of(CLOCKS), f"be one of {CLOCKS}", "Use 'wall'."),
-    "batch_size": _Rule(
-        lambda value: _whole(value) or _one_of(("auto",))(value),
-        "be a whole number above 0 or 'auto'",
-        "Use 'auto'.",
-    ),
-    "learning_rate": _Rule(_positive, "be positive", "Try 0.001."),
-    "weight_decay": _Rule(
-        lambda value: isinstance(value, Real) and float(value) >= 0, "be 0 or more", "Use 0 for none."
-    ),
-    "warmup_fraction": _FRACTION,
-    "ema_decay": _FRACTION,
-    "validation_fraction": _FRACTION,
-    "gradient_clip": _Rule(_positive, "be positive", "math.inf switches it off."),
-    "precision": _Rule(_one_of(PRECISIONS), f"be one of {PRECISIONS}", "Use 'auto' or 'float32'."),
-    "validate_every": _Rule(
-        lambda value: _whole(value) or _one_of(("epoch",))(value),
-        "be a whole number above 0 or 'epoch'",
-        "Try 10.",
-    ),
-    "patience": _Rule(
-        lambda value: _whole(value) or value == math.inf,
-        "be a whole number above 0 or math.inf",
-        "Try 10; math.inf switches it off.",
-    ),
-    "checkpoint_dir": _Rule(
-        lambda value: isinstance(value, str | os.PathLike),
-        "be a path or None",
-        "Name a directory.",
-        error=TypeError,
-    ),
-    "checkpoint_every_s": _Rule(
-        lambda value: isinstance(value, Real) and float(value) >= 0, "be 0 or more", "300 is five minutes."
-    ),
-    "resume": _Rule(
-        lambda value: value in ("auto", False), "be 'auto' or False", "'auto' goes on where it can."
-    ),
-    "callbacks": _Rule(
-        lambda value: isinstance(value, list | tuple) and all(map(callable, value)),
-        "be a tuple of callables",
-        "Give (callback,).",
-        error=TypeError,
-    ),
-    "compile": _SWITCH,
-    "channels_last": _SWITCH,
-    "activation_checkpointing": _SWITCH,
-    "accumulate": _Rule(_whole, "be a whole number above 0", "1 is none."),
-}
 
 
 class Trainer(BaseEstimator):
@@ -145,7 +29,7 @@ class Trainer(BaseEstimator):
     `madad.MaskedDiffusionAnomalyDetector` what its preset has (``"autoencoder_training"`` and
     ``"denoiser_training"`` of `madad.presets.PRESETS`), for baselines their own, and for what these leave
     open, for a `madad.LatentAutoencoder` fitted alone and for `optimise` the default that is named here
-    (`madad.training.trainer.DEFAULTS`).
+    (`madad.training.settings.DEFAULTS`).
 
     Parameters
     ----------
@@ -288,7 +172,7 @@ class Trainer(BaseEstimator):
             If a parameter has a value, or is of a type, that it cannot have.
         """
         for name, value in self._given().items():
-            rule = _RULES[name]
+            rule = RULES[name]
             if not rule.allows(value):
                 raise rule.error(f"{name} must {rule.constraint}, got {value!r}. {rule.advice}")
 
@@ -342,9 +226,10 @@ class Trainer(BaseEstimator):
         n_samples, batch_size : int
             As `optimise` is given them.
         """
-        trainer: Any = self.resolved()
-        _, n_batches, total_steps = trainer._extent(n_samples, batch_size)
-        if math.isfinite(trainer.max_time) or trainer.validate_every != "epoch" or math.isinf(total_steps):
+        settings = self._settings()
+        n_batches = n_samples // settings.batch_size_of(n_samples, batch_size)
+        total_steps = settings.steps_of(n_batches)
+        if math.isfinite(settings.max_time) or settings.validate_every != "epoch" or math.isinf(total_steps):
             return None
         return -(-math.ceil(total_steps) // n_batches)
 
@@ -428,27 +313,28 @@ class Trainer(BaseEstimator):
         interrupted. Checkpoints are found by the trainer's parameters, the arguments, the initial weights
         and the generator's state: other runs may share the directory.
         """
-        trainer: Any = self.resolved()
+        settings = self._settings()
         validates = validation_loss is not None and n_validation > 0
-        trainer._check_call(rival, rival_loss, validates)
+        _check_call(settings, rival, rival_loss, validates)
         device = next(module.parameters()).device
-        plan = trainer._plan(
-            forward=cast(nn.Module, torch.compile(module)) if trainer.compile else module,
+        plan = Plan(
+            settings,
+            forward=cast(nn.Module, torch.compile(module)) if settings.compile else module,
             loss=loss,
             rival_loss=rival_loss,
             validation_loss=validation_loss if validates else None,
             n_samples=n_samples,
             n_validation=n_validation if validates else 0,
-            batch_size=batch_size,
-            dtype=trainer._autocast_dtype(device),
+            batch_size=settings.batch_size_of(n_samples, batch_size),
+            dtype=_autocast_dtype(settings.precision, device),
             stage=description,
         )
         team = join(device)
         networks = [network for network in (module, rival) if network is not None]
         with (
             graceful_stop() as stop,
-            channels_last(networks if trainer.channels_last else ()),
-            recomputing(networks if trainer.activation_checkpointing else ()),
+            channels_last(networks if settings.channels_last else ()),
+            recomputing(networks if settings.activation_checkpointing else ()),
         ):
             run = TrainingRun(
                 module,
@@ -456,12 +342,12 @@ class Trainer(BaseEstimator):
                 generator,
                 team=team,
                 batch_size=plan.batch_size,
-                learning_rate=trainer.learning_rate,
-                weight_decay=trainer.weight_decay,
-                ema_decay=trainer.ema_decay,
+                learning_rate=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                ema_decay=settings.ema_decay,
             )
-            file = trainer._checkpoint_file(run, plan, identity)
-            saved = file.read() if file is not None and trainer.resume == "auto" else None
+            file = _checkpoint_file(run, plan, identity)
+            saved = file.read() if file is not None and settings.resume == "auto" else None
             if (saved := team.broadcast_state(saved)) is not None:
                 run.restore(*saved)
             run.train(not run.finished)
@@ -469,60 +355,43 @@ class Trainer(BaseEstimator):
                 TrainingLoop(run, plan, file, stop).go(verbose and team.is_first)
         return run.history
 
-    def _check_call(
-        self: Any, rival: nn.Module | None, rival_loss: RivalLoss | None, validates: bool
-    ) -> None:
-        """Refuse arguments of `optimise` that do not go together, or not with a parameter."""
-        if (rival is None) != (rival_loss is None):
-            raise ValueError(
-                f"rival and rival_loss must be given together, got {rival!r} and {rival_loss!r}. Give both."
-            )
-        if math.isfinite(self.patience) and not validates:
-            raise ValueError(
-                f"patience must be math.inf where nothing is validated, got {self.patience!r}. Set the "
-                f"trainer's validation_fraction to 0.1, say, or patience to math.inf."
-            )
+    def _settings(self) -> Settings:
+        """The parameters where none is left open, checked."""
+        return Settings(**self.resolved().get_params(deep=False))
 
-    def _extent(self: Any, n_samples: int, batch_size: int) -> tuple[int, int, float]:
-        """Samples per batch, batches per epoch, and steps that are allowed."""
-        batch_size = min(batch_size if self.batch_size == "auto" else self.batch_size, n_samples)
-        n_batches = n_samples // batch_size
-        return batch_size, n_batches, min(self.max_epochs * n_batches, self.max_steps)
 
-    def _plan(self: Any, *, n_samples: int, batch_size: int, **asked) -> Plan:
-        """What is asked for, with the extent of it and the parameters that the loop needs."""
-        batch_size, n_batches, total_steps = self._extent(n_samples, batch_size)
-        return Plan(
-            **asked,
-            n_samples=n_samples,
-            batch_size=batch_size,
-            n_batches=n_batches,
-            total_steps=total_steps,
-            validate_every=n_batches if self.validate_every == "epoch" else self.validate_every,
-            max_time=self.max_time,
-            clock=self.clock,
-            learning_rate=self.learning_rate,
-            warmup_fraction=self.warmup_fraction,
-            gradient_clip=self.gradient_clip,
-            accumulate=self.accumulate,
-            patience=self.patience,
-            checkpoint_every_s=self.checkpoint_every_s,
-            callbacks=self.callbacks,
+def _check_call(
+    settings: Settings, rival: nn.Module | None, rival_loss: RivalLoss | None, validates: bool
+) -> None:
+    """Refuse arguments of `Trainer.optimise` that do not go together, or not with a parameter."""
+    if (rival is None) != (rival_loss is None):
+        raise ValueError(
+            f"rival and rival_loss must be given together, got {rival!r} and {rival_loss!r}. Give both."
+        )
+    if math.isfinite(settings.patience) and not validates:
+        raise ValueError(
+            f"patience must be math.inf where nothing is validated, got {settings.patience!r}. Set the "
+            f"trainer's validation_fraction to 0.1, say, or patience to math.inf."
         )
 
-    def _checkpoint_file(self, run: TrainingRun, plan: Plan, identity: str) -> CheckpointFile | None:
-        if self.checkpoint_dir is None or not run.share.team.is_first:
-            return None
-        decisive = self.decisive()
-        del decisive["callbacks"]  # they have no name that the next process knows them by
-        asked = (plan.stage, plan.n_samples, plan.n_validation, plan.batch_size, identity)
-        settings = {"trainer": decisive, "task": asked, "trained": run.trained}
-        tensors = run.values() | {"generator": run.generator.get_state()}
-        return CheckpointFile(self.checkpoint_dir, plan.stage, fingerprint(settings, tensors))
 
-    def _autocast_dtype(self, device: torch.device) -> torch.dtype | None:
-        if self.precision == "bfloat16":
-            return torch.bfloat16
-        if self.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
-            return torch.bfloat16
+def _checkpoint_file(run: TrainingRun, plan: Plan, identity: str) -> CheckpointFile | None:
+    """The file of a run, named by all that decides it; None where none is kept, or not by this process."""
+    directory = plan.settings.checkpoint_dir
+    if directory is None or not run.share.team.is_first:
         return None
+    left_out = (*Trainer.HOUSEKEEPING, "callbacks")  # callbacks: the next process knows them by no name
+    decisive = {name: value for name, value in sorted(vars(plan.settings).items()) if name not in left_out}
+    asked = (plan.stage, plan.n_samples, plan.n_validation, plan.batch_size, identity)
+    settings = {"trainer": decisive, "task": asked, "trained": run.trained}
+    tensors = run.values() | {"generator": run.generator.get_state()}
+    return CheckpointFile(directory, plan.stage, fingerprint(settings, tensors))
+
+
+def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """Of mixed precision; None = none."""
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return None

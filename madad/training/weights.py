@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,14 +68,15 @@ def channels_last(networks: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def recomputing(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Have blocks that can (those with an attribute ``recompute``) forget their activations for a while."""
-    blocks = [part for network in networks for part in network.modules() if hasattr(part, "recompute")]
+    parts = (part for network in networks for part in network.modules())
+    blocks: list[Any] = [part for part in parts if hasattr(part, "recompute")]
     try:
         for block in blocks:
-            setattr(block, "recompute", True)  # noqa: B010 - mypy takes attributes of modules for tensors
+            block.recompute = True
         yield
     finally:
         for block in blocks:
-            delattr(block, "recompute")  # that of its class is left
+            del block.recompute  # that of its class is left
 
 
 def values_of(network: nn.Module) -> dict[str, Tensor]:

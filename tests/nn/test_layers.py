@@ -149,15 +149,11 @@ def test_padding_repeats_the_border_below_and_to_the_right(size):
     np.testing.assert_array_equal(layers.pad_to_multiple(x, 4).numpy(), expected)
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("side", [3, 5])
 def test_attention_of_few_positions_does_not_depend_on_the_thread(side):
     """Two threads have buffers of their own: a slice's digits are the same in either."""
     attention = layers.SelfAttention(16, n_heads=2, norm_groups=4).eval()
     x = torch.randn(16, 16, side, side, generator=torch.Generator().manual_seed(0))
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with torch.inference_mode():
-            assert torch.equal(attention(x.roll(5, dims=0)), attention(x).roll(5, dims=0))
-    finally:
-        torch.set_num_threads(before)
+    with torch.inference_mode():
+        assert torch.equal(attention(x.roll(5, dims=0)), attention(x).roll(5, dims=0))

@@ -14,7 +14,7 @@ from madad.presets import INFERENCE_KNOBS, PRESETS
 from madad.saving.format_1 import from_format_1
 from madad.saving.json_values import from_json
 from madad.testing import tiny_detector
-from madad.training.trainer import DEFAULTS
+from madad.training.settings import DEFAULTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 X = np.random.default_rng(0).random((12, 16, 16), dtype=np.float32)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from madad.mri import HealthyIntensities, VolumePreprocessor, VolumeSlicer, read_volume
-from madad.saving.model_card import RESEARCH_ONLY, ModelCard, preprocessing_of
+from madad.saving.model_card import RESEARCH_ONLY, ModelCard, listing, preprocessing_of
 
 
 @pytest.fixture
@@ -154,3 +154,19 @@ def test_healthy_intensities_must_be_whole(card):
     del tensors["T1.deciles"]
     with pytest.raises(ValueError, match=r"card\.json must hold .*KeyError: 'deciles'"):
         ModelCard.from_json(card.to_json(), tensors)
+
+
+def test_facts_are_listed_below_their_names():
+    facts = {"size": "tiny", "share": 1 / 3, "n": 7, "config": {"widths": (1, 2), "of": {"x": None}}}
+    expected = [
+        "size: tiny",
+        "share: 0.333333",
+        "n: 7",
+        "config:",
+        "  widths: (1, 2)",
+        "  of:",
+        "    x: None",
+    ]
+    assert listing(facts).split("\n") == expected
+    marked = [line[: len(line) - len(line.lstrip())] + "- " + line.lstrip() for line in expected]
+    assert listing(facts, bullet="- ").split("\n") == marked

@@ -12,7 +12,7 @@ from madad.baselines import AutoencoderResidual, DenoisingAutoencoder
 from madad.baselines.base import TRAINING
 from madad.presets import PRESETS
 from madad.testing import tiny_autoencoder
-from madad.training.trainer import DEFAULTS
+from madad.training.settings import DEFAULTS
 
 X = np.random.default_rng(0).uniform(0.1, 1, (12, 16, 16)).astype(np.float32)
 
