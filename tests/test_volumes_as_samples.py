@@ -6,6 +6,8 @@ from sklearn.base import clone
 from sklearn.model_selection import PredefinedSplit, cross_val_score
 
 from madad import LatentAutoencoder
+from madad._runtime.random import hold_out
+from madad.base.slice_stack import SliceStack
 from madad.baselines import IntensityThreshold
 from madad.datasets import make_brain_slices
 from madad.maps.pooling import pool_map
@@ -89,6 +91,15 @@ def test_groups_are_of_volumes(volumes):
     assert len(set(groups[detector.calibration_rows_])) == 1 and len(detector.calibration_rows_) == 3
     with pytest.raises(ValueError, match=r"groups must have one entry for each of 6 volumes, got 24"):
         tiny_detector().fit(volumes, groups=np.repeat(groups, DEPTH))
+
+
+def test_volumes_of_one_person_stay_whole():
+    """One group alone cannot be split by: volumes are."""
+    stack = SliceStack(np.ones((4, 1, 6, 8, 8)), (1, 8, 8), (0.0, 1.0))
+    groups = stack.spread(["one"] * 4)
+    np.testing.assert_array_equal(groups, np.repeat(np.arange(4), 6))
+    train, held_out = hold_out(len(stack), groups, 0.25, 0)
+    assert len(held_out) == 6 and not set(stack.samples[train]) & set(stack.samples[held_out])
 
 
 def test_baselines_take_them_too(volumes):

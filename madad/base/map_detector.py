@@ -298,6 +298,10 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
                 f"X must have at least 2 samples to train on some and calibrate on others, got "
                 f"n_samples = {len(stack.values)}. Add healthy ones."
             )
+        self._check_specificities()
+
+    def _check_specificities(self) -> None:
+        """Refuse what no threshold can be set with, whatever the slices are."""
         is_share = isinstance(self.contamination, Real) and 0 < float(self.contamination) <= 0.5
         if self.contamination != "auto" and not is_share:
             raise ValueError(
@@ -315,17 +319,20 @@ class AnomalyMapDetector(OutlierMixin, SliceEstimator):
 
         Each process of a team maps its share of the samples, and has what is measured of all.
         """
+        self._check_specificities()
 
         def both(maps: np.ndarray, brain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return pool_map(maps, brain), maps[brain]
 
         pooled, pixels = zip(*self._measured(stack.subset(healthy), both, team), strict=True)
-        self.map_threshold_ = healthy_threshold(np.concatenate(pixels), self.pixel_specificity)
         if self.contamination == "auto":
-            self.offset_ = float(-np.quantile(np.concatenate(pooled), self.image_specificity))
+            offset = -np.quantile(np.concatenate(pooled), self.image_specificity)
         else:
-            scores = -np.concatenate(self._measured(stack, pool_map, team))
-            self.offset_ = float(np.quantile(scores, self.contamination))
+            others = np.setdiff1d(np.arange(len(stack)), healthy)
+            pooled_too = self._measured(stack.subset(others), pool_map, team) if len(others) else []
+            offset = np.quantile(-np.concatenate([*pooled, *pooled_too]), self.contamination)
+        self.map_threshold_ = healthy_threshold(np.concatenate(pixels), self.pixel_specificity)
+        self.offset_ = float(offset)
         self.calibrated_with_ = self._map_settings()
 
     def _measured(self, stack: SliceStack, measure: Callable[..., Any], team: Team) -> list:

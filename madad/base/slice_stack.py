@@ -72,7 +72,7 @@ class SliceStack:
         return self.values if self.rows is None else self._take(self.values, np.arange(len(self)))
 
     def spread(self, groups) -> np.ndarray | None:
-        """``groups`` of samples, (n_samples,), as groups of slices; without any, volumes are the groups."""
+        """``groups`` of samples, (n_samples,), as groups of slices; unless there are several, by volume."""
         if groups is None:
             return self.samples if self.depth > 1 else None
         groups = np.asarray(groups)
@@ -81,7 +81,9 @@ class SliceStack:
                 f"groups must have one entry for each of {len(self.values)} volumes, got {len(groups)}. "
                 f"Give each volume's subject."
             )
-        return groups[self.samples] if self.depth > 1 else groups
+        if self.depth == 1:
+            return groups
+        return groups[self.samples] if len(np.unique(groups)) > 1 else self.samples
 
     def rows_to_train_on(self, rows: np.ndarray) -> np.ndarray:
         """Those of the slices ``rows`` that show brain, if they are of volumes; without any, all."""

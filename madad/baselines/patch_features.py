@@ -14,12 +14,9 @@ from sklearn.metrics import pairwise_distances_argmin_min
 from torch import Tensor
 
 from madad._runtime.tensors import (
-    default_batch_size,
     inference,
     pad_with_background,
-    resolve_device,
 )
-from madad.base.network_batches import network_batches
 from madad.base.slice_stack import SliceStack
 from madad.baselines.base import Baseline
 from madad.nn import EfficientNetLite0Features
@@ -130,11 +127,10 @@ class PatchFeatureDistance(Baseline):
 
     def _train(self, stack: SliceStack, groups: np.ndarray | None, seed: int) -> None:
         self.upscale_ = self.upscale
-        device, rng = resolve_device(self.device), np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         quota = math.ceil(CANDIDATES_PER_PROTOTYPE * self.n_prototypes / (2 * len(stack)))
         candidates = []
-        batch_size = default_batch_size(*self.image_shape_[1:])
-        for _, x, brain, n_valid in network_batches(stack, batch_size, device):
+        for _, x, brain, n_valid in self._network_batches(stack):
             for images, masks in ((x, brain), (x.flip(-1), brain[..., ::-1])):
                 features, inside = self._features(images), self._positions(masks[:, 0])
                 for i in range(n_valid):

@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     write_text(options.out / ERRORS, table_text(ERROR_COLUMNS, errors))
     if options.card:
         model.card.metrics[_named(options.inputs)] = _brief(results)
-        model.save(options.model)
+        model.save_card(options.model)
     if options.json:
         print(json.dumps(results | {"errors": errors}, indent=2))
     else:

@@ -249,9 +249,8 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
             return PreprocessedVolume(replace(source, values=scaled), source, made_by, None)
         template = mni_template()
         shape, affine, matrix = template.values.shape, template.affine, registration.matrix
-        inside = resample_mask(brain, source.affine, shape, affine, matrix)
-        moved, _ = _mean_of_brain(values, brain, source.affine, shape, affine, matrix)
-        image = nib.Nifti1Image(self._scaled(moved, inside, source.name), affine)
+        moved, share = _mean_of_brain(values, brain, source.affine, shape, affine, matrix)
+        image = nib.Nifti1Image(self._scaled(moved, share > 0.5, source.name), affine)
         image.header.set_xyzt_units("mm")
         image.set_sform(affine, code="mni")
         image.set_qform(affine, code="mni")
@@ -279,9 +278,9 @@ class VolumePreprocessor(TransformerMixin, BaseEstimator):
             to_first.matrix if place.registration is None else place.registration.matrix @ to_first.matrix
         )
         grid, inside = place.volume, place.brain_mask
-        moved, is_brain = _mean_of_brain(values, own_brain, other.affine, grid.shape, grid.affine, matrix)
+        moved, share = _mean_of_brain(values, own_brain, other.affine, grid.shape, grid.affine, matrix)
         beyond = resample_to(values, other.affine, grid.shape, grid.affine, matrix)
-        moved = np.where(is_brain, moved, beyond)
+        moved = np.where(share > _LEAST_SHARE, moved, beyond)
         seen = resample_mask(np.ones(other.shape, bool), other.affine, grid.shape, grid.affine, matrix)
         covered = np.count_nonzero(seen & inside) / np.count_nonzero(inside)
         if covered < MIN_COVERED:
@@ -311,10 +310,10 @@ def _mask_on(source, mask):
 
 
 def _mean_of_brain(values, brain, affine, shape, target_affine, matrix):
-    """A volume on another grid, at the border of the brain a mean of brain alone, and where there is any."""
+    """A volume on another grid, at the border a mean of brain alone, and the brain's share of each voxel."""
     total = resample_to(np.where(brain, values, 0), affine, shape, target_affine, matrix)
     share = resample_to(brain.astype(np.float32), affine, shape, target_affine, matrix)
-    return total / np.maximum(share, _LEAST_SHARE), share > _LEAST_SHARE
+    return total / np.maximum(share, _LEAST_SHARE), share
 
 
 def _resampled(values, affine, target, matrix):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from madad._runtime.files import read_json
 from madad.nn import AutoencoderConfig, AutoencoderKL, MaskedUNet, UNetConfig
@@ -26,6 +25,8 @@ from madad.pretrained.weight_files import (
     local_path,
     read_weights,
 )
+from madad.saving.json_values import from_json
+from madad.saving.model_folder import CONFIG, FORMAT, read_config
 
 # What tells the two kinds of network apart, by how a name ends and by whole names.
 _OF_AUTOENCODERS = (STEM, "encoder.stem.conv.weight")
@@ -87,8 +88,8 @@ def is_saved(path) -> bool:
     ValueError
         If there is a ``config.json`` that is damaged.
     """
-    config = Path(path) / "config.json"
-    return config.is_file() and read_json(config, DOWNLOAD_AGAIN).get("format") == "madad"
+    config = Path(path) / CONFIG
+    return config.is_file() and read_json(config, DOWNLOAD_AGAIN).get("format") == FORMAT
 
 
 def load_unet(source, *, n_heads: int | None = None) -> MaskedUNet:
@@ -174,7 +175,7 @@ def _load_saved(path: Path, part: str, kind: type[Network], config_class: type) 
     folder = path.parent if path.name == SAVED_WEIGHTS[part] else path
     if not is_saved(folder):
         return None
-    config, file = read_json(folder / "config.json"), folder / SAVED_WEIGHTS[part]
+    config, file = read_config(folder), folder / SAVED_WEIGHTS[part]
     if not file.is_file():
         raise FileNotFoundError(
             f"source must hold {file.name}, got {folder}, a saved {config.get('class')} with "
@@ -183,13 +184,11 @@ def _load_saved(path: Path, part: str, kind: type[Network], config_class: type) 
     weights = {name: value for name, value in read_weights(file).items() if not name.startswith("latent_")}
     try:
         description = config[part]["network"] if part == "autoencoder" else config[part]
-        plain: dict[str, Any] = {
-            key: tuple(value["__tuple__"]) if isinstance(value, dict) else value
-            for key, value in description["fields"].items()
-        }
-        return fill(build(kind, config_class(**plain)), weights, folder)
+        if description["__class__"] != config_class.__name__:
+            raise TypeError(f"{description['__class__']} instead of {config_class.__name__}")
+        return fill(build(kind, from_json(description)), weights, folder)
     except (KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"{folder / 'config.json'} must describe the {part} beside it, got what cannot be read "
+            f"{folder / CONFIG} must describe the {part} beside it, got what cannot be read "
             f"({type(error).__name__}: {error}). Upgrade madad, or save the model again."
         ) from error

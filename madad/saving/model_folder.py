@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from madad._runtime.distributed import is_first_process
-from madad._runtime.files import read_json, write_json
+from madad._runtime.files import read_json, write_json, write_text
 
 FORMAT = "madad"
 FORMAT_VERSION = 2
@@ -80,17 +80,49 @@ def write_model(
             contiguous = {key: np.asarray(value, order="C") for key, value in arrays.items()}
             save_file(contiguous, new / f"{name}.safetensors")
             shutil.copymode(new / CONFIG, new / f"{name}.safetensors")  # safetensors lets nobody else read it
-        old = scratch / "old"
+        _replace(path, new, scratch / "old")
+    finally:
+        if path.exists() or not (scratch / "old").exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(path: Path, new: Path, old: Path) -> None:
+    """Put ``new`` in the place of ``path``, which goes to ``old``; whatever fails, one of them is left."""
+    try:
         if path.exists():
             path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
+        new.rename(path)
+    except BaseException as error:
+        if old.exists() and not path.exists():
+            try:
                 old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            except OSError:
+                error.add_note(f"The model that was in {path} is in {old} now. Move it back.")
+        raise
+
+
+def write_card(path, card: dict, readme: str) -> None:
+    """Write anew how the images of the model at ``path`` were made, and touch nothing else of it.
+
+    Parameters
+    ----------
+    path : path-like
+        The directory of a model.
+    card : dict
+        As in `write_model`.
+    readme : str
+        As in `write_model`.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no model at ``path``.
+    """
+    if not is_first_process():
+        return
+    read_config(path)
+    write_json(Path(path) / CARD, card)
+    write_text(Path(path) / README, readme)
 
 
 def refuse_foreign(path: Path) -> None:

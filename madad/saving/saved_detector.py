@@ -15,6 +15,7 @@ from madad.saving.model_folder import (
     read_config,
     read_model,
     refuse_foreign,
+    write_card,
     write_model,
 )
 
@@ -52,9 +53,29 @@ def save_detector(detector: Any, path, card: ModelCard | None = None) -> None:
     card = ModelCard() if card is None else card
     if card.healthy:
         tensors = tensors | {HEALTHY: card.to_tensors()}
-    readme = card.to_markdown(Path(path).name, _facts(detector))
+    readme = _readme(detector, path, card)
     config = {"class": type(detector).__name__} | written
     write_model(path, config, calibration, tensors, card=card.to_json(), readme=readme)
+
+
+def save_card(detector: Any, path, card: ModelCard) -> None:
+    """Write the card of a saved detector anew, its ``healthy`` excepted, which belong to the model.
+
+    Parameters
+    ----------
+    detector : AnomalyMapDetector
+        The one that was saved.
+    path : path-like
+        The directory that its ``save`` wrote.
+    card : ModelCard
+        How its images were made, and what was measured.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no model at ``path``.
+    """
+    write_card(path, card.to_json(), _readme(detector, path, card))
 
 
 def load_detector(kind: Any, path) -> Any:
@@ -148,6 +169,10 @@ def check_network_path(path) -> None:
             f"path must be new, empty or hold a network alone, got {path} with a {found!r}. "
             f"Choose another directory."
         )
+
+
+def _readme(detector: Any, path, card: ModelCard) -> str:
+    return card.to_markdown(Path(path).name, _facts(detector))
 
 
 def _facts(detector: Any) -> dict:

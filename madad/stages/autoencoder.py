@@ -229,6 +229,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         -------
         self
         """
+        self.__dict__.pop("history_", None)  # not fitted any more, until all is done
         trainer = (Trainer() if self.trainer is None else self.trainer).resolved()
         self.image_shape_, self.intensity_range_ = stack.image_shape, stack.intensity_range
         self.n_features_in_ = int(np.prod(stack.values.shape[1:]))
@@ -243,11 +244,11 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         self.latent_scale_ = np.ones(self.config_.latent_channels, np.float32)
 
         def loss(trained, index, generator, step):
-            x = self.pad(self._vary(*self._network_images(training, index, device), generator))
+            x = self.pad(self._varied(training, index.numpy(), device, generator))
             return objective(trained, x, generator, step)
 
         def validation_loss(trained, index, generator, step):
-            x = self.pad(self._network_images(validation, index, device)[0])
+            x = self.pad(to_network(validation.images(index.numpy()), device))
             return objective.of_validation(trained, x)
 
         trained = TrainedAutoencoder(self.network_, learn_logvar=self.learn_logvar).to(device)
@@ -255,7 +256,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         if trainer.checkpoint_dir is not None and team.is_first:
             identity = self.identity(stack, groups)
         with isolated_seed(training_seed), task.epochs(trainer) as watched:
-            self.history_ = watched.optimise(
+            history = watched.optimise(
                 trained,
                 loss,
                 len(training),
@@ -271,6 +272,7 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
             )
         statistics = self._measure_latents(stack, team)
         self.latent_shift_, self.latent_scale_ = statistics.shift, statistics.scale
+        self.history_ = history
         task.end_fit()
         return self
 
@@ -516,30 +518,27 @@ class LatentAutoencoder(CallbackSupport, TransformerMixin, SliceEstimator):
         inside = blocks[brain.flatten() > 0]
         self.network_.start_from_components(inside if len(inside) > 1 else blocks)
 
-    def _network_images(
-        self, stack: SliceStack, index: Tensor, device: torch.device
-    ) -> tuple[Tensor, np.ndarray]:
-        """Network images of some samples, and their brain masks."""
-        rows = index.numpy()
-        return to_network(stack.images(rows), device), stack.brain(rows)
-
-    def _vary(self, x: Tensor, brain: np.ndarray, generator: torch.Generator) -> Tensor:
-        """Mirror half of the slices and augment most, as ``flip`` and ``augmentation`` say."""
+    def _varied(
+        self, stack: SliceStack, rows: np.ndarray, device: torch.device, generator: torch.Generator
+    ) -> Tensor:
+        """Network images of some slices, half of them mirrored and most augmented, if that is asked for."""
+        x = to_network(stack.images(rows), device)
+        mirrored = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool)
         if self.flip:
             mirrored = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-            x = torch.where(mirrored.to(x.device), x.flip(-1), x)
-            if self.augmentation is not None:
-                brain = np.where(mirrored.numpy(), brain[..., ::-1], brain)
+            x = torch.where(mirrored.to(device), x.flip(-1), x)
         if self.augmentation is not None:
+            inside = stack.brain(rows)
+            brain = torch.from_numpy(np.where(mirrored.numpy(), inside[..., ::-1], inside)).to(device)
             share = self.augmentation.n_copies / (self.augmentation.n_copies + 1)
             copied = torch.rand(len(x), 1, 1, 1, generator=generator) < share
-            copies, _ = self.augmentation(x, torch.from_numpy(brain.copy()).to(x.device), generator)
+            copies, _ = self.augmentation(x, brain, generator)
             x = torch.where(copied.to(x.device), copies, x)
         return x
 
     def _measure_latents(self, stack: SliceStack, team: Team) -> LatentStatistics:
         """Where the latents of healthy brain lie; each process of a team encodes its share of the slices."""
-        device, moments = self.to_device(), LatentMoments()
+        device, moments = self.to_device(), LatentMoments(self.config_.latent_channels)
         share = team.shares(len(stack))[team.rank]
         own = stack.subset(np.arange(share.start, share.stop))
         with inference(self.network_):

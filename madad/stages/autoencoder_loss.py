@@ -196,11 +196,13 @@ class ReconstructionObjective:
 
     def _of_reconstruction(self, x_hat: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixel, structure and perceptual terms: their weighted sum, and by name."""
-        terms = {"l1": (x_hat - x).abs().mean(), "structure": structure_distance(x_hat, x)}
+        weighs = self.structure_weight > 0  # else it is only noted
+        structure = structure_distance(x_hat if weighs else x_hat.detach(), x)
+        terms = {"l1": (x_hat - x).abs().mean(), "structure": structure}
         pixel = terms["l1"]
         if self.pixel_loss == "charbonnier":
             pixel = ((x_hat - x).square() + CHARBONNIER_WIDTH**2).sqrt().mean()
-        total = pixel + self.structure_weight * terms["structure"]
+        total = pixel + self.structure_weight * structure if weighs else pixel
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(x_hat, x).mean()
             total = total + self.perceptual_weight * terms["perceptual"]

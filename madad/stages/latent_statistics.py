@@ -47,12 +47,17 @@ class LatentMoments:
     """Running sums over latent positions, batch by batch: what `LatentStatistics` come from.
 
     Sums over the positions with brain, and over all of them, which serve where no slice has brain.
+
+    Parameters
+    ----------
+    latent_channels : int
+        How many channels are measured; a process that has no slice to add is to know it too.
     """
 
-    def __init__(self):
+    def __init__(self, latent_channels: int):
         self.count = torch.zeros(2, 1).double()
-        self.total: Tensor = torch.zeros(())
-        self.squares: Tensor = torch.zeros(())
+        self.total = torch.zeros(2, latent_channels).double()
+        self.squares = torch.zeros(2, latent_channels).double()
 
     def add(self, mean: Tensor, brain: Tensor) -> None:
         """Count a batch.
@@ -67,8 +72,9 @@ class LatentMoments:
         everywhere = mean.double().permute(0, 2, 3, 1)
         groups = (everywhere[brain], everywhere.flatten(0, 2))
         self.count += torch.tensor([[len(values)] for values in groups])
-        self.total = self.total + torch.stack([values.sum(0) for values in groups])
-        self.squares = self.squares + torch.stack([values.square().sum(0) for values in groups])
+        self.total = self.total.to(mean.device) + torch.stack([values.sum(0) for values in groups])
+        squares = torch.stack([values.square().sum(0) for values in groups])
+        self.squares = self.squares.to(mean.device) + squares
 
     def statistics(self, team: Team) -> LatentStatistics:
         """Of all that the processes of ``team`` counted, the same in each."""

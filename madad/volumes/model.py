@@ -18,7 +18,7 @@ from madad.mri import PreprocessedVolume
 from madad.mri.healthy_intensities import MIN_TISSUE_CONTRAST
 from madad.saving.model_card import ModelCard
 from madad.saving.model_folder import CALIBRATION, CONFIG, read_card
-from madad.saving.saved_detector import load_card
+from madad.saving.saved_detector import load_card, save_card
 from madad.volumes.prediction import VolumePrediction, predict_volume, slices_of_contrasts
 from madad.volumes.preparation import preprocess_scan, registration_warnings
 
@@ -93,6 +93,18 @@ class VolumeModel:
             A new directory, or one that holds a model already, which is replaced.
         """
         self.detector.save(path, card=self.card)
+
+    def save_card(self, path) -> None:
+        """Write the card anew beside a model that `save` wrote, such as after a change of its ``metrics``.
+
+        Networks, thresholds and the model's hash stay as they are.
+
+        Parameters
+        ----------
+        path : path-like
+            The directory of this model.
+        """
+        save_card(self.detector, path, self.card)
 
     def prepare(self, scan: Scan) -> list[PreprocessedVolume]:
         """Preprocess a scan as the training data were.

@@ -96,6 +96,36 @@ def test_contamination_is_the_share_of_the_given_slices_that_are_anomalous():
     assert np.mean(detector.predict(HEALTHY) == -1) == pytest.approx(0.2)
 
 
+def test_no_slice_is_mapped_twice_for_the_thresholds():
+    mapped = []
+
+    class Counting(Itself):
+        def _map_batches(self, stack):
+            mapped.extend(stack.samples)
+            return super()._map_batches(stack)
+
+    detector = Counting(contamination=0.2).fit(HEALTHY)
+    assert sorted(mapped) == list(range(len(HEALTHY)))
+    held_out = np.arange(3, 20)
+    before, mapped[:] = (detector.offset_, detector.map_threshold_), []
+    detector._calibrate(detector._check_slices(HEALTHY, None), held_out)
+    assert sorted(mapped) == list(range(len(HEALTHY)))
+    assert detector.offset_ == before[0]  # of all slices
+    assert detector.map_threshold_ == Itself().fit(HEALTHY[held_out]).map_threshold_ != before[1]
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"contamination": 0.9}, {"image_specificity": 2.0}, {"pixel_specificity": -1}]
+)
+def test_calibration_refuses_what_fit_refuses_and_leaves_the_thresholds(parameters):
+    detector = Itself().fit(HEALTHY)
+    before = detector.offset_, detector.map_threshold_
+    (name,) = parameters
+    with pytest.raises(ValueError, match=f"^{name} must "):
+        detector.set_params(**parameters).calibrate(HEALTHY[:9])
+    assert (detector.offset_, detector.map_threshold_) == before
+
+
 def test_a_changed_map_is_warned_of_until_it_is_calibrated():
     detector = Itself().fit(HEALTHY).set_params(gain=0.5)
     for method in (detector.predict, detector.decision_function, detector.predict_masks):

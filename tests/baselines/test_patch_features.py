@@ -37,6 +37,15 @@ def tiny_baseline(**overrides):
 # The memory bank
 
 
+def test_no_batch_is_larger_than_asked_for(package, healthy, monkeypatch):
+    seen, features = [], PatchFeatureDistance._features
+    monkeypatch.setattr(
+        PatchFeatureDistance, "_features", lambda self, x: seen.append(len(x)) or features(self, x)
+    )
+    tiny_baseline(batch_size=3).fit(healthy.images[:8])
+    assert set(seen) == {3}
+
+
 def test_the_coreset_is_the_greedy_one():
     features = np.random.default_rng(0).standard_normal((60, 5)).astype(np.float32)
     found = greedy_coreset(features, 9, np.random.default_rng(1))

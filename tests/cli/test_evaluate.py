@@ -108,6 +108,21 @@ def test_the_result_can_be_noted_in_the_card(run, model, patients, tmp_path):
     assert again["model"] == results["model"]  # what is noted does not make it another model
 
 
+def test_a_note_leaves_what_an_earlier_version_wrote(run, model, patients, tmp_path):
+    noted = tmp_path / "model"
+    shutil.copytree(model, noted)
+    card = json.loads((noted / "card.json").read_text()) | {"version": "0.0.1"}
+    (noted / "card.json").write_text(json.dumps(card))
+    before = {path.name: path.read_bytes() for path in noted.iterdir()}
+    command = ("evaluate", noted, patients, "--out", tmp_path / "out", "--no-figures", "--json", "--card")
+    results = json.loads(run(*command)[1])
+    changed = {path.name for path in noted.iterdir() if path.read_bytes() != before.get(path.name)}
+    assert changed == {"card.json", "README.md"}
+    assert json.loads((noted / "card.json").read_text())["version"] == "0.0.1"
+    assert "A model of madad 0.0.1." in (noted / "README.md").read_text()
+    assert json.loads(run(*command)[1])["model"] == results["model"]
+
+
 def test_a_bad_mask_costs_a_row(run, brain, save, write_table, model, patients, tmp_path, rows_of):
     values, _, lesion = brain(80, lesion=True)
     rows = [

@@ -134,7 +134,7 @@ def test_unets_of_others_are_read_by_the_same_function(foreign, tmp_path, n_head
 
 
 def test_a_saved_directory_without_the_network_that_is_wanted(saved, tmp_path):
-    (tmp_path / "config.json").write_text('{"format": "madad", "class": "Some"}')
+    (tmp_path / "config.json").write_text('{"format": "madad", "format_version": 2, "class": "Some"}')
     for load, name in ((load_autoencoder, "autoencoder"), (load_unet, "denoiser")):
         message = (
             rf"source must hold {name}.safetensors, got .*, a saved Some with \['config.json'\]. Check which"
@@ -199,18 +199,36 @@ def test_weights_of_no_kind(tmp_path):
         kind_of_weights("nowhere")
 
 
+OURS = '{"format": "madad", "format_version": 2%s}'
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ("{", "config.json must be JSON, got a damaged file"),
         ("[]", "config.json must hold a JSON object, got list"),
-        ('{"format": "madad"}', "config.json must describe the autoencoder beside it.*KeyError"),
+        ('{"format": "madad"}', "format_version must be at most 2, got None.*config.json.*Upgrade madad"),
         (
-            '{"format": "madad", "autoencoder": {"network": {"fields": {"n_heads": 3}}}}',
+            '{"format": "madad", "format_version": 3}',
+            "format_version must be at most 2, got 3.*Upgrade madad",
+        ),
+        (OURS % "", "config.json must describe the autoencoder beside it.*KeyError"),
+        (
+            OURS
+            % ', "autoencoder": {"network": {"__class__": "AutoencoderConfig", "fields": {"n_heads": 3}}}',
             "config.json must describe the autoencoder beside it.*n_heads.*Upgrade madad",
         ),
         (
-            '{"format": "madad", "autoencoder": {"network": {"fields": {"base_channels": 32}}}}',
+            OURS % ', "autoencoder": {"network": {"__class__": "UNetConfig", "fields": {}}}',
+            "config.json must describe the autoencoder beside it.*UNetConfig.*Upgrade madad",
+        ),
+        (
+            OURS % ', "autoencoder": {"network": {"__class__": "Path", "fields": {}}}',
+            "config.json must describe the autoencoder beside it.*Path instead of AutoencoderConfig",
+        ),
+        (
+            OURS % ', "autoencoder": {"network": {"__class__": "AutoencoderConfig", "fields": '
+            '{"base_channels": 32}}}',
             r"must hold exactly the weights of AutoencoderKL.*missing \['decoder",
         ),
     ],

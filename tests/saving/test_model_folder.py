@@ -17,6 +17,7 @@ from madad.saving.model_folder import (
     read_card,
     read_config,
     read_model,
+    write_card,
     write_model,
 )
 
@@ -143,6 +144,34 @@ def test_an_interrupted_call_leaves_what_was_there(model, tmp_path, monkeypatch,
         write_model(target, {"a": 2}, {}, TENSORS)
     assert contents(tmp_path) == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"], "no temporary folder is left"
+
+
+def test_a_model_that_cannot_be_put_back_is_kept_and_named(model, tmp_path, monkeypatch):
+    before, rename = contents(model), Path.rename
+
+    def fail_but_first(self, goal):
+        if self.name in ("new", "old"):
+            raise OSError("the disk is gone")
+        return rename(self, goal)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone") as error:
+        patch.setattr(Path, "rename", fail_but_first)
+        write_model(model, {"a": 2}, {}, TENSORS)
+    (kept,) = tmp_path.glob(".model-*/old")
+    assert contents(kept) == before
+    assert error.value.__notes__ == [f"The model that was in {model} is in {kept} now. Move it back."]
+
+
+def test_a_card_is_replaced_alone(model):
+    write_model(model, {"a": 1}, {}, TENSORS, card={"n": 1}, readme="one")
+    before = {name: entry for name, entry in contents(model).items() if name not in (CARD, README)}
+    times = {path.name: path.stat().st_mtime_ns for path in model.iterdir() if path.name in before}
+    write_card(model, {"n": 2}, "two")
+    assert read_card(model) == {"n": 2} and (model / README).read_text() == "two"
+    assert {name: entry for name, entry in contents(model).items() if name in before} == before
+    assert {path.name: path.stat().st_mtime_ns for path in model.iterdir() if path.name in before} == times
+    with pytest.raises(FileNotFoundError, match="path must be a model directory"):
+        write_card(model / "nowhere", {}, "")
 
 
 def test_what_json_cannot_hold_leaves_what_was_there(model, tmp_path):

@@ -1014,6 +1014,18 @@ def test_an_unfitted_autoencoder_says_so(method):
         getattr(tiny_autoencoder(), method)(SLICES)
 
 
+def test_a_failed_refit_leaves_an_unfitted_autoencoder():
+    def fails(state):
+        raise MemoryError("no room")
+
+    autoencoder = fit_short()
+    autoencoder.set_params(trainer=Trainer(2, callbacks=(fails,)))
+    with pytest.raises(MemoryError):
+        autoencoder.fit(SLICES)
+    with pytest.raises(NotFittedError):
+        autoencoder.transform(SLICES)
+
+
 def test_bad_slices_are_refused_by_name(fitted):
     with pytest.raises(ValueError, match=r"X must lie in 0\.\.1, got values from 0 to 2"):
         fitted.transform(2 * SLICES / SLICES.max())

@@ -15,7 +15,7 @@ BRAIN = RNG.random((10, 4, 5)) < 0.6
 
 
 def measured(parts, team=ALONE, brain=BRAIN, means=MEANS):
-    moments = LatentMoments()
+    moments = LatentMoments(means.shape[1])
     for rows in parts:
         moments.add(torch.from_numpy(means[rows]), torch.from_numpy(brain[rows]))
     return moments.statistics(team)
@@ -51,6 +51,15 @@ def test_processes_count_together():
         np.testing.assert_array_equal(statistics.shift, together[0].shift)
         np.testing.assert_allclose(statistics.shift, measured(parts).shift, rtol=1e-6)
         np.testing.assert_allclose(statistics.scale, measured(parts).scale, rtol=1e-6)
+
+
+def test_a_process_without_slices_counts_nothing():
+    sums = []
+    for parts in ([slice(None)], []):
+        measured(parts, SimpleNamespace(gather=lambda own: sums.append(own) or [own]))
+    together, alone = measured([], SimpleNamespace(gather=lambda own: sums)), measured([slice(None)])
+    np.testing.assert_array_equal(together.shift, alone.shift)
+    np.testing.assert_array_equal(together.scale, alone.scale)
 
 
 def test_a_constant_channel_gets_a_finite_scale():
